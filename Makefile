@@ -1,0 +1,45 @@
+# The two commands: `make demo` and `make test`. Each first makes .venv from the pinned versions; later calls reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+NAME ?= timestep_dbn
+PRESET ?= laptop
+
+.PHONY: demo test test-slow run lint notebooks benchmarks pins clean
+
+demo: .venv/ready
+	$(BIN)/trainbook run timestep_dbn --preset laptop
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow -o addopts="-ra --strict-markers"
+
+run: .venv/ready
+	$(BIN)/trainbook run $(NAME) --preset $(PRESET)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The .py file is the source of each notebook; --update keeps cell ids.
+notebooks: .venv/ready
+	$(BIN)/jupytext --to ipynb --update notebooks/*.py
+
+benchmarks: .venv/ready
+	$(BIN)/python -m tests.benchmarks.timestep_dbn
+	$(BIN)/python -m tests.benchmarks.engine
+
+.venv/ready: requirements.txt requirements-pinned.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "trainbook needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-pinned.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint requirements-pinned.txt --editable '.[test]'
+	touch $@
+
+# New pins for every supported Python, after a change of requirements.txt.
+pins: .venv/ready
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra test --output-file requirements-pinned.txt pyproject.toml
+
+clean:
+	rm -rf .venv runs

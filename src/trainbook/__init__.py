@@ -1,0 +1,13 @@
+"""trainbook: thin notebooks that train real models, survive interruption, and report what a run measured.
+
+Importing the package does not import torch; `start` does, when it is first used.
+"""
+
+import lazy_loader
+
+from trainbook.errors import UserError
+
+__version__ = "0.1.0"
+
+__getattr__, _dir, _all = lazy_loader.attach(__name__, submod_attrs={"run": ["Run", "start"]})
+__all__ = ["Run", "UserError", "__version__", "start"]

@@ -1,0 +1,93 @@
+"""One flat, frozen config class per workflow: it drives the notebook, the command line, the form and the launchers."""
+
+import difflib
+import hashlib
+import json
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from trainbook.errors import UserError
+
+
+class BaseConfig(BaseModel):
+    """Everything that changes the result of a run, and nothing else (device and folders belong to the runtime).
+
+    A workflow subclasses it with one annotated field per choice and a docstring under each field. `PRESETS` maps a
+    preset's name to the fields it changes: `smoke` (seconds, for tests), `laptop` (minutes on 2 CPU cores) and
+    `full` (the published setting).
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}, "laptop": {}, "full": {}}
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of every random number of the run."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read "16, 16, 8" as a tuple, so that a command line and a YAML file can name one."""
+        if isinstance(value, str) and get_origin(cls.model_fields[info.field_name].annotation) is tuple:
+            return [part.strip() for part in value.strip("()[] ").split(",")]
+        return value
+
+    @classmethod
+    def from_preset(cls, preset: str, overrides: dict[str, Any] | None = None) -> Self:
+        """Config of a preset with single fields overridden.
+
+        Args:
+            preset: a key of `PRESETS`.
+            overrides: field name to value; text such as "5e-4" is read as the field's type.
+
+        Raises:
+            UserError: for an unknown preset or field, or a value out of range; one line each.
+        """
+        if preset not in cls.PRESETS:
+            raise UserError(f"there is no preset {preset!r}", f"choose one of: {', '.join(cls.PRESETS)}")
+        try:
+            return cls(**{**cls.PRESETS[preset], **(overrides or {})})
+        except ValidationError as error:
+            raise UserError("\n".join(cls._explain(line) for line in error.errors()), "edit the values above") from None
+
+    @classmethod
+    def _explain(cls, line: dict[str, Any]) -> str:
+        name = ".".join(str(part) for part in line["loc"]) or "config"
+        if line["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, cls.model_fields, n=1)
+            return f"there is no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        return f"{name} = {line['input']!r}: {line['msg'].removeprefix('Value error, ')}"
+
+    def sha256(self) -> str:
+        """SHA-256 of the config's canonical JSON: equal configs, equal digests."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def rows(self, preset: str = "") -> list[list[str]]:
+        """Table rows: field, value, what `preset` sets if that differs, allowed values, meaning."""
+        reference = type(self).from_preset(preset) if preset else self
+        return [
+            [
+                name,
+                str(getattr(self, name)),
+                str(getattr(reference, name)) if getattr(self, name) != getattr(reference, name) else "",
+                allowed_values(field),
+                " ".join((field.description or "").split()),
+            ]
+            for name, field in type(self).model_fields.items()
+        ]
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """The bounds or choices of a field as text, such as "1 to 1000" or "pcd, recovery, cd"."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(str(choice) for choice in get_args(field.annotation))
+    bounds = {name: getattr(part, name) for part in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(part, name)}
+    low = f"{bounds['ge']}" if "ge" in bounds else f"> {bounds['gt']}" if "gt" in bounds else ""
+    high = f"{bounds['le']}" if "le" in bounds else f"< {bounds['lt']}" if "lt" in bounds else ""
+    if low and high:
+        return f"{low} to {high}"
+    return f"from {low}" if low else f"up to {high}" if high else "true, false" if field.annotation is bool else ""

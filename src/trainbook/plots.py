@@ -1,0 +1,116 @@
+"""Pictures: curves, image grids, heatmaps, bars. The only user of matplotlib; figures never touch pyplot's global state."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 100
+MAX_CURVES = 12
+
+
+def new_figure(num_columns: int = 1, num_rows: int = 1, width: float = 4.2, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of axes.
+
+    Args:
+        num_columns, num_rows: size of the grid.
+        width, height: of one panel, in inches.
+
+    Returns:
+        The figure and its axes, (num_rows, num_columns).
+    """
+    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained", dpi=DOTS_PER_INCH)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
+
+
+def to_png(figure: Figure, footnote: str = "") -> bytes:
+    """The figure as PNG, with a small line of provenance below it."""
+    if footnote:
+        figure.supxlabel(footnote, fontsize=7, color="0.45")
+    buffer = io.BytesIO()
+    # Without metadata the same figure gives the same bytes, so a checksum can be verified.
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def image_grid(axes: Axes, images: np.ndarray, num_columns: int, title: str = "", row_labels: Sequence[str] = ()) -> None:
+    """Draw images side by side with one pixel of white between them.
+
+    Args:
+        axes: where.
+        images: (N, H, W) or (N, H, W, C), values in [0, 1]; row by row.
+        num_columns: images per row.
+        title: above the grid.
+        row_labels: one per row, at the left.
+    """
+    images = np.asarray(images, dtype=float).clip(0, 1)
+    if images.ndim == 3:
+        images = images[..., None].repeat(3, axis=-1)
+    num_rows = math.ceil(len(images) / num_columns)
+    height, width = images.shape[1:3]
+    canvas = np.ones((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1, 3))
+    for index, image in enumerate(images):
+        row, column = divmod(index, num_columns)
+        canvas[row * (height + 1) :, column * (width + 1) :][:height, :width] = image
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([row * (height + 1) + (height - 1) / 2 for row in range(len(row_labels))], row_labels, fontsize=8)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def heatmap(axes: Axes, values: np.ndarray, title: str, x_label: str, y_label: str, unit: str, extent: Sequence[float] | None = None) -> None:
+    """Draw a matrix with a colour bar; row 0 at the bottom.
+
+    Args:
+        axes: where.
+        values: (rows, columns).
+        title, x_label, y_label: texts.
+        unit: of the values, beside the colour bar.
+        extent: left, right, bottom, top in data units.
+    """
+    picture = axes.imshow(np.asarray(values), aspect="auto", origin="lower", interpolation="nearest", extent=extent)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.figure.colorbar(picture, ax=axes, label=unit)
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, unit: str, errors: Sequence[float] | None = None) -> None:
+    """Draw horizontal bars with their values written beside them; the first bar is ours and darker."""
+    positions = np.arange(len(names))[::-1]
+    colors = ["C0"] + ["0.7"] * (len(names) - 1)
+    axes.barh(positions, values, xerr=errors, color=colors, capsize=3)
+    for position, value in zip(positions, values, strict=True):
+        axes.annotate(f"{value:.3g}", (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(positions, names)
+    axes.set(title=title, xlabel=unit)
+
+
+def record_curves(history: list[dict[str, Any]]) -> Figure:
+    """One panel for each number that the records hold, over steps, with stages told apart by colour."""
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for record in history:
+        for name, value in record.items():
+            if name not in ("step", "stage") and isinstance(value, float | int):
+                series.setdefault(name, {}).setdefault(record["stage"], []).append((record["step"], value))
+    shown = list(series.items())[:MAX_CURVES]
+    num_columns = min(3, max(1, len(shown)))
+    figure, axes = new_figure(num_columns, max(1, math.ceil(len(shown) / num_columns)))
+    stages = list(dict.fromkeys(record["stage"] for record in history))
+    for panel, (name, by_stage) in zip(axes.flat, shown, strict=False):
+        for stage, points in by_stage.items():
+            steps, values = np.array(points).T
+            panel.plot(steps, values, ".-" if len(points) < 40 else "-", color=f"C{stages.index(stage)}", label=stage, linewidth=1, markersize=3)
+        panel.set(title=name.replace("_", " "), xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    for panel in list(axes.flat)[len(shown) :]:
+        panel.set_axis_off()
+    return figure

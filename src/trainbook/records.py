@@ -1,0 +1,218 @@
+"""The run folder: what a run wrote, what it reached, and the verdict on every target. Needs no torch."""
+
+import fcntl
+import logging
+import math
+import operator
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from trainbook import __version__
+from trainbook.errors import UserError
+from trainbook.files import read_json, read_lines, write_json
+
+logger = logging.getLogger("trainbook")
+
+EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3, "running": 3}
+BAD_INPUT = 2
+
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one training step has to say.
+
+    Attributes:
+        metrics: name to number, tensor, or nested list of numbers; may be empty.
+        milestone: True asks the engine for a checkpoint here (the end of a stage).
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    milestone: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise of the literature or the brief, judged after every run.
+
+    Attributes:
+        metric: a key of what `evaluate` returns.
+        comparison: how the metric must stand to the value.
+        value: a number, or the name of another metric (a baseline's).
+        presets: the presets it is a promise for.
+        source: who promised it.
+    """
+
+    metric: str
+    comparison: Literal["<", "<=", ">", ">="]
+    value: float | str
+    presets: tuple[str, ...]
+    source: str
+
+    def judge(self, metrics: dict[str, float], preset: str) -> dict[str, Any]:
+        """The target with what the run measured and a verdict: reached, missed, not measured, or not for this preset."""
+        found = metrics.get(self.metric)
+        bound = metrics.get(self.value) if isinstance(self.value, str) else self.value
+        if preset not in self.presets:
+            verdict = f"not for preset {preset}"
+        elif found is None or bound is None or math.isnan(found) or math.isnan(bound):
+            verdict = "not measured"
+        else:
+            verdict = "reached" if COMPARISONS[self.comparison](found, bound) else "missed"
+        target = f"{self.comparison} {self.value}" + (f" = {bound:.4g}" if isinstance(self.value, str) and bound is not None else "")
+        return {"metric": self.metric, "target": target, "measured": found, "verdict": verdict, "source": self.source}
+
+
+class RunFolder:
+    """`runs/<run_id>/` and the files in it.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.system = path / "system.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.figures = path / "figures"
+        self.export = path / "export"
+        self.log = path / "run.log"
+        self.report = path / "report.html"
+        self.notebook = path / "notebook.ipynb"
+        self.run_json = path / "run.json"
+        self._lock: TextIO | None = None
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the folder with its config, or check that it is this config's.
+
+        Raises:
+            UserError: when it cannot be written, or is another run's.
+        """
+        try:
+            if self.config.exists():
+                self.check(config)
+            elif self.path.exists() and any(self.path.iterdir()):
+                raise UserError(f"{self.path} is not a run folder", "choose another --run-id")
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self.config, config)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}", "free it, or set TRAINBOOK_RUNS to another folder"
+            ) from None
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Refuse a folder that holds a run of another workflow or config.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        found = read_json(self.config)
+        if found == config:
+            return
+        if found.get("workflow") != config["workflow"]:
+            difference = f"workflow {found.get('workflow')}, not {config['workflow']}"
+        else:
+            old, new = found.get("config", {}), config["config"]
+            difference = ", ".join(f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+        raise UserError(f"{self.path} holds a run with {difference}", "choose another --run-id, or `trainbook resume` that run")
+
+    def lock(self) -> None:
+        """Claim the folder for this process until it ends.
+
+        Raises:
+            UserError: when another process is training there.
+        """
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"process {self.training_process()} is training in {self.path}", "wait for it or stop it first") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def unlock(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def training_process(self) -> int | None:
+        """Process id of whoever trains in this folder now, or None."""
+        try:
+            with (self.path / "lock").open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    return int(file.read() or 0) or None
+        except FileNotFoundError:
+            pass
+        return None
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records so far: step, stage and metrics of every step that had something to say."""
+        return list(read_lines(self.metrics))
+
+    def summary(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            UserError: when there is none.
+        """
+        if not self.run_json.is_file():
+            raise UserError(f"{self.path} is not a run folder: it has no run.json", "give the folder that `trainbook run` printed")
+        return read_json(self.run_json)
+
+
+def find_run(name: str, runs_folder: Path) -> RunFolder:
+    """The run folder of a run id or path.
+
+    Raises:
+        UserError: when there is no such run.
+    """
+    for path in (runs_folder / name, Path(name)):
+        if (path / "config.json").is_file():
+            return RunFolder(path.absolute())
+    known = sorted(path.parent.name for path in runs_folder.glob("*/config.json"))
+    raise UserError(f"there is no run {name!r} in {runs_folder}", f"known: {', '.join(known[-8:])}" if known else "start one with `trainbook run NAME`")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions that a reader needs to repeat a run: kit, git revision, Python, packages."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scikit-image", "accelerate", "transformers", "papermill")
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"trainbook": __version__, "git": git_revision(), "python": platform.python_version(), "packages": versions}
+
+
+def git_revision() -> str | None:
+    """Commit of the source tree the kit runs from, with "+changes" when files differ from it; None outside git."""
+    source = Path(__file__).resolve().parent
+    try:
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(source)])
+        head, changes = (
+            subprocess.run(["git", "-C", str(source), *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,54 @@
+"""The page one sends to a colleague: report.html, self-contained, made from the run folder alone. Needs no torch."""
+
+import base64
+import importlib.resources
+
+import jinja2
+
+from trainbook.catalog import load
+from trainbook.files import read_json, write_atomic
+from trainbook.records import RunFolder
+from trainbook.tables import Table
+
+
+def metrics_table(metrics: dict[str, float]) -> Table:
+    """Metrics named "<who>/<metric>" with one row per metric and one column per who; others in the first column."""
+    keys = [key.rpartition("/")[::2] for key in metrics]
+    columns = list(dict.fromkeys(who for who, _ in keys))
+    names = list(dict.fromkeys(metric for _, metric in keys))
+    values = dict(zip(keys, metrics.values(), strict=True))
+    rows = [[name, *(format_number(values.get((who, name))) for who in columns)] for name in names]
+    return Table(["held-out metric", *(who.replace("_", " ") or "run" for who in columns)], rows)
+
+
+def verdict_table(verdicts: list[dict]) -> Table:
+    """One row per target: metric, promise, measurement, verdict, who promised it."""
+    rows = [[v["metric"], v["target"], format_number(v["measured"]), v["verdict"], v["source"]] for v in verdicts]
+    return Table(["metric", "target", "measured", "verdict", "source"], rows)
+
+
+def format_number(value: float | None) -> str:
+    """Four significant digits; a dash for nothing."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def write(folder: RunFolder) -> None:
+    """Write report.html from what lies in the run folder.
+
+    Raises:
+        UserError: when it is not a run folder.
+    """
+    summary = folder.summary()
+    workflow = load(summary["workflow"])
+    config = workflow.Config(**read_json(folder.config)["config"])
+    figures = [(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in sorted(folder.figures.glob("*.png"))]
+    template = importlib.resources.files("trainbook").joinpath("report.html.jinja").read_text()
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(
+        title=workflow.title,
+        summary=summary,
+        metrics=metrics_table(summary["metrics"]) if "metrics" in summary else None,
+        verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,
+        config=Table(["field", "value", f"{summary['preset']} has", "allowed", "meaning"], config.rows(summary["preset"])),
+        figures=figures,
+    )
+    write_atomic(folder.report, page.encode())

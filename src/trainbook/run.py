@@ -1,0 +1,291 @@
+"""A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
+
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+
+from trainbook import plots, report
+from trainbook.catalog import Workflow, load
+from trainbook.config import BaseConfig
+from trainbook.data import Data
+from trainbook.engine import Engine, seed_step
+from trainbook.errors import UserError
+from trainbook.files import file_sha256, read_lines, write_json
+from trainbook.monitor import peak_memory_bytes
+from trainbook.records import RunFolder, git_revision, now, provenance
+from trainbook.runtime import Runtime, configure_logging, detect
+from trainbook.state import TrainState
+from trainbook.tables import Table
+
+logger = logging.getLogger("trainbook")
+
+EVALUATION_STEP = 2**40  # beyond any training step: evaluation and drawing get random streams of their own
+DRAWING_STEP = EVALUATION_STEP + 1
+
+
+def start(
+    workflow: ModuleType | str, preset: str = "laptop", overrides: dict[str, Any] | None = None, run_id: str = "", authentic: bool = False
+) -> "Run":
+    """Prepare a run: check the config, look at the machine, and find what there is to continue. Trains nothing.
+
+    Args:
+        workflow: a module of `trainbook.workflows`, or its name.
+        preset: smoke, laptop or full.
+        overrides: field name to value, on top of the preset.
+        run_id: name of the run folder. A folder of this very config is continued. Empty: continue the newest unfinished
+            run of this config, or start a new one.
+        authentic: refuse synthetic data, data without a checksum, and a kit whose files differ from its git revision.
+
+    Raises:
+        UserError: for a bad config, an unwritable folder, a foreign run folder, a device that does not work.
+    """
+    name = workflow if isinstance(workflow, str) else workflow.__name__.rpartition(".")[2]
+    chosen = load(name)
+    config = chosen.Config.from_preset(preset, overrides)
+    runtime = detect()
+    configure_logging(runtime.log_level)
+    if authentic and (revision := git_revision()) is not None and revision.endswith("+changes"):
+        raise UserError("authentic runs need an unchanged kit; its files differ from the git revision", "commit or stash the changes")
+    run = Run(chosen, config, preset, runtime, run_id or _unfinished(name, config, runtime) or new_run_id(name, preset), authentic)
+    print(f"{name}, preset {preset}, run {run.run_id}")
+    display(Table(["", "chosen", "why"], runtime.rows()))
+    return run
+
+
+def new_run_id(name: str, preset: str) -> str:
+    """A run id that sorts by time and does not repeat within a microsecond."""
+    return f"{name}-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
+def _unfinished(name: str, config: BaseConfig, runtime: Runtime) -> str:
+    for path in sorted(runtime.runs_folder.glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        folder = RunFolder(path.parent)
+        summary = folder.summary()
+        if summary["config_sha256"] == config.sha256() and summary["status"] in ("stopped", "running") and folder.training_process() is None:
+            return path.parent.name
+    return ""
+
+
+class Run:
+    """One run of one workflow. The methods are called in the order of the notebook's cells."""
+
+    def __init__(self, workflow: Workflow, config: BaseConfig, preset: str, runtime: Runtime, run_id: str, authentic: bool) -> None:
+        self.workflow, self.config, self.preset, self.runtime, self.run_id = workflow, config, preset, runtime, run_id
+        self.authentic = authentic
+        self.folder = RunFolder(runtime.runs_folder / run_id)
+        self.data: Data | None = None
+        self.state: TrainState | None = None
+        self.summary: dict[str, Any] = {}
+        self._identity = {
+            "workflow": workflow.name,
+            "preset": preset,
+            "authentic": authentic,
+            "config": config.model_dump(mode="json"),
+            "config_sha256": config.sha256(),
+        }
+        if self.folder.path.exists() and any(self.folder.path.iterdir()):
+            self.folder.check(self._identity)
+        self._check_writable()
+
+    def _check_writable(self) -> None:
+        folder = next(path for path in (self.folder.path, *self.folder.path.parents) if path.exists())
+        probe = folder / f".trainbook-{self.run_id}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS"
+            ) from None
+
+    def config_table(self) -> Table:
+        """Every field with its value, what the preset says where that differs, its bounds and its meaning."""
+        return Table(["field", "value", f"{self.preset} has", "allowed", "meaning"], self.config.rows(self.preset))
+
+    def load_data(self) -> Table:
+        """Load the data set and show where it comes from.
+
+        Raises:
+            UserError: when it is missing, or not allowed in an authentic run.
+        """
+        self.data = self.workflow.load_data(self.config, self.runtime)
+        if self.authentic and (self.data.synthetic or not self.data.sha256):
+            raise UserError("authentic runs need real data with a checksum", "drop --authentic, or choose another data set")
+        return Table(["split", "tensor", "content"], self.data.rows())
+
+    def show_data(self) -> None:
+        """Show examples of the data set, where the workflow draws them."""
+        for figure in self.workflow.draw_data(self.config, self.data).values():
+            display(Image(plots.to_png(figure)))
+
+    def build(self) -> Table:
+        """Build modules and optimizers from the seed, and count the parameters."""
+        seed_step(self.config.seed, 0)
+        self.state = self.workflow.build(self.config, self.data, self.runtime)
+        counts = self.state.num_parameters()
+        return Table(["module", "parameters"], [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]])
+
+    def train(self, checkpoint_seconds: float = 60.0, progress: bool = True) -> None:
+        """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
+
+        Raises:
+            RunFailed: on a non-finite value or a checkpoint that cannot be written; the checkpoints before it are whole.
+            Exception: whatever broke in the workflow. In every case run.json says why.
+        """
+        self.folder.create(self._identity)
+        self.folder.lock()
+        configure_logging(self.runtime.log_level, self.folder.log)
+        self._begin()
+        with self._segment_recorded():
+            engine = Engine(
+                self.folder, self.runtime.device, self.config.seed, self.runtime.deadline, checkpoint_seconds=checkpoint_seconds, progress=progress
+            )
+            self._segment["first_step"] = engine.restore(self.state)
+            if self.state.step:
+                logger.info("continuing %s at step %d of %d", self.run_id, self.state.step, self.state.total_steps)
+            outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
+            self.summary.update(why=outcome.why, status="stopped" if outcome.status == "stopped" else "running")
+        logger.info("%s: %s at step %d of %d", self.run_id, self.summary["why"], self.state.step, self.state.total_steps)
+        if self.stopped:
+            print(f"Stopped ({self.summary['why']}) at step {self.state.step} of {self.state.total_steps}. Continue: trainbook resume {self.run_id}")
+
+    @contextmanager
+    def _segment_recorded(self) -> Iterator[None]:
+        """Add the time of the block to this segment; when it breaks, let run.json say failed (or stopped, by Ctrl-C) and why."""
+        began = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            logger.debug("%s", traceback.format_exc())
+            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.summary.update(status=status, why=str(error) or type(error).__name__)
+            raise
+        finally:
+            self._segment.update(ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + time.monotonic() - began)
+            self._write_summary()
+            if self.summary["status"] != "running":
+                self.folder.unlock()
+
+    @property
+    def stopped(self) -> bool:
+        """True when training was stopped before its end; evaluation then waits for the resumed run."""
+        return self.summary.get("status") == "stopped"
+
+    def _begin(self) -> None:
+        """Write run.json of a run under way; the segments of earlier sessions stay in it."""
+        earlier = self.folder.summary()["segments"] if self.folder.run_json.exists() else []
+        if earlier and earlier[-1]["ended"] is None:  # cut off: what is known of it is the last reading of the machine
+            reading = (list(read_lines(self.folder.system)) or [{}])[-1]
+            earlier[-1].update(last_step=reading.get("step"), seconds=reading.get("seconds", 0.0))
+        self._segment = {
+            "platform": self.runtime.platform,
+            "device": self.runtime.device,
+            "device_name": self.runtime.device_name(),
+            "threads": torch.get_num_threads(),
+            "started": now(),
+            "ended": None,
+            "first_step": 0,
+            "last_step": None,
+            "seconds": 0.0,
+        }
+        self.summary = {
+            **{key: self._identity[key] for key in ("workflow", "preset", "authentic")},
+            "run_id": self.run_id,
+            "status": "running",
+            "why": "",
+            "config_sha256": self._identity["config_sha256"],
+            "seed": self.config.seed,
+            "data": {key: getattr(self.data, key) for key in ("source", "licence", "sha256", "synthetic")},
+            "provenance": provenance(),
+            "segments": [*earlier, self._segment],
+            "total_steps": self.state.total_steps,
+            "parameters": self.state.num_parameters(),
+        }
+        self._write_summary()
+
+    def _write_summary(self) -> None:
+        seconds = sum(segment["seconds"] for segment in self.summary["segments"])
+        price = self.runtime.price_per_hour
+        self.summary.update(
+            step=self.state.step,
+            wall_seconds=seconds,
+            gpu_seconds=sum(s["seconds"] for s in self.summary["segments"] if s["device"].startswith("cuda")),
+            peak_memory_bytes=peak_memory_bytes(self.runtime.device),
+            estimated_cost=None if price is None else price * seconds / 3600,
+        )
+        write_json(self.folder.run_json, self.summary)
+
+    def curves(self) -> None:
+        """Show the recorded curves, one panel per metric, stage by stage."""
+        figure = plots.record_curves(self.folder.history())
+        self._show({"curves": figure})
+
+    def evaluate(self) -> Table | str:
+        """Measure on held-out data and judge the targets."""
+        if self.stopped:
+            return f"not evaluated: the run is stopped; trainbook resume {self.run_id}"
+        with self._segment_recorded():
+            self.summary["metrics"] = self.measure()
+        self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
+        return report.metrics_table(self.summary["metrics"])
+
+    def measure(self) -> dict[str, float]:
+        """The workflow's held-out metrics, with a random stream that depends on the seed only."""
+        seed_step(self.config.seed, EVALUATION_STEP)
+        return {name: float(value) for name, value in self.workflow.evaluate(self.config, self.data, self.state).items()}
+
+    def verdicts(self) -> Table | str:
+        """Every target beside what was measured."""
+        return "no verdicts: the run is stopped" if self.stopped else report.verdict_table(self.summary["verdicts"])
+
+    def draw(self) -> None:
+        """Draw, save and show the workflow's pictures."""
+        if self.stopped:
+            return
+        seed_step(self.config.seed, DRAWING_STEP)
+        with self._segment_recorded():
+            figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
+        self._show(figures)
+
+    def _show(self, figures: dict[str, Figure]) -> None:
+        self.folder.figures.mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            mark = "SYNTHETIC DATA" if self.data.synthetic else ""
+            path = self.folder.figures / f"{name}.png"
+            path.write_bytes(plots.to_png(figure, footnote=" · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part)))
+            display(Image(filename=str(path)))
+
+    def finish(self) -> str:
+        """Export the weights, write the report, and run.json last of all."""
+        if not self.stopped:
+            self._export()
+            self.summary.update(status="complete", why="all steps done and evaluated")
+            self.summary["files"] = self._checksums()
+            self._write_summary()
+        report.write(self.folder)
+        self.folder.unlock()
+        return f"{self.summary['status']}: {self.folder.report}"
+
+    def _export(self) -> None:
+        shutil.rmtree(self.folder.export, ignore_errors=True)
+        self.folder.export.mkdir()
+        for name, module in self.state.modules.items():
+            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            save_file(tensors, str(self.folder.export / f"{name}.safetensors"), metadata={"run_id": self.run_id, "config_sha256": self.config.sha256()})
+        write_json(self.folder.export / "config.json", self._identity)
+
+    def _checksums(self) -> dict[str, str]:
+        files = [self.folder.metrics, *sorted(self.folder.export.iterdir()), *sorted(self.folder.figures.iterdir())]
+        return {str(path.relative_to(self.folder.path)): file_sha256(path) for path in files}

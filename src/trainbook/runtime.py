@@ -1,0 +1,181 @@
+"""Where a run happens: platform, device, number format, folders, time budget, each with the reason it was chosen.
+
+The only module that reads or writes environment variables or asks which platform this is.
+"""
+
+import importlib.util
+import logging
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainbook.errors import UserError
+
+RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
+TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+KAGGLE_BUDGET_SECONDS = 11 * 3600  # a Kaggle session is cut at 12 h and a cut session's files may be lost
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how long, never what: two runtimes with one config train the same model.
+
+    Attributes:
+        platform: kaggle, colab, vastai or local.
+        device: a torch device such as "cpu" or "cuda:0".
+        dtype: the number format mixed precision uses there: float32, float16 or bfloat16.
+        runs_folder: run folders are made here.
+        data_folder: downloads are kept here.
+        deadline: `time.monotonic()` value at which training stops and saves, or None.
+        price_per_hour: what the machine costs, in the currency of whoever set it, or None.
+        reasons: for platform, device, dtype and time budget, why.
+    """
+
+    platform: str
+    device: str
+    dtype: str
+    runs_folder: Path
+    data_folder: Path
+    deadline: float | None
+    price_per_hour: float | None = None
+    log_level: str = "INFO"
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> list[list[str]]:
+        """Table rows: what, chosen, why."""
+        left = "none" if self.deadline is None else f"{(self.deadline - time.monotonic()) / 3600:.2f} h"
+        chosen = {"platform": self.platform, "device": self.device, "dtype": self.dtype, "time budget": left}
+        folders = [["runs", str(self.runs_folder), f"${RUNS} or ./runs"], ["data", str(self.data_folder), f"${DATA} or the user's cache"]]
+        return [[name, value, self.reasons.get(name, "")] for name, value in chosen.items()] + folders
+
+
+    def device_name(self) -> str:
+        """The device's product name."""
+        if self.device == "cpu":
+            return platform.processor() or platform.machine()
+        import torch
+
+        return torch.cuda.get_device_name(self.device)
+
+
+def detect() -> Runtime:
+    """The runtime of this process, from the environment and the hardware.
+
+    Raises:
+        UserError: for a value in the environment that cannot be read, or a device that does not work.
+    """
+    where, platform_reason = _platform()
+    device, device_reason = _device(os.environ.get(DEVICE, "auto"))
+    dtype, dtype_reason = _dtype(device)
+    budget, budget_reason = _time_budget(where)
+    level = os.environ.get(LOG_LEVEL, "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise UserError(f"{LOG_LEVEL}={level} is not a log level", f"choose one of: {', '.join(LOG_LEVELS)}")
+    return Runtime(
+        platform=where,
+        device=device,
+        dtype=dtype,
+        runs_folder=runs_folder(),
+        data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
+        deadline=None if budget is None else time.monotonic() + budget,
+        price_per_hour=float(os.environ[PRICE]) if PRICE in os.environ else None,
+        log_level=level,
+        reasons={"platform": platform_reason, "device": device_reason, "dtype": dtype_reason, "time budget": budget_reason},
+    )
+
+
+def runs_folder() -> Path:
+    """Where run folders lie: $TRAINBOOK_RUNS, else `runs` in the working folder."""
+    return Path(os.environ.get(RUNS, Path.cwd() / "runs")).absolute()
+
+
+def export(**settings: str | None) -> None:
+    """Put settings (RUNS, DATA, DEVICE, TIME_BUDGET, LOG_LEVEL by those names) where child processes find them."""
+    names = {"runs": RUNS, "data": DATA, "device": DEVICE, "time_budget": TIME_BUDGET, "log_level": LOG_LEVEL}
+    os.environ.update({names[key]: value for key, value in settings.items() if value})
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration such as "90", "45s", "20m", "11h" or "1h30m".
+
+    Raises:
+        UserError: when the text is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if not text.strip() or match is None:
+        raise UserError(f"{text!r} is not a duration", "write it like 45s, 20m, 11h or 1h30m")
+    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+
+
+def configure_logging(level: str, file: Path | None = None) -> None:
+    """Send the kit's log to standard error from `level` up and, with everything in it, to `file`."""
+    logger = logging.getLogger("trainbook")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(level)
+    console.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.addHandler(console)
+    if file is not None:
+        log = logging.FileHandler(file)
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(log)
+
+
+def _platform() -> tuple[str, str]:
+    # Kaggle's image is built from Colab's, so google.colab is importable there too: ask for Kaggle first.
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle", "KAGGLE_KERNEL_RUN_TYPE is set"
+    if "COLAB_RELEASE_TAG" in os.environ or (
+        importlib.util.find_spec("google") is not None and importlib.util.find_spec("google.colab") is not None
+    ):
+        return "colab", "google.colab is there"
+    if "CONTAINER_ID" in os.environ and "VAST_CONTAINERLABEL" in os.environ:
+        return "vastai", "VAST_CONTAINERLABEL is set"
+    return "local", "no cloud platform's marks found"
+
+
+def _device(wanted: str) -> tuple[str, str]:
+    import torch
+
+    if wanted == "auto" and not torch.cuda.is_available():
+        return "cpu", "torch sees no CUDA device"
+    if wanted == "cpu":
+        return "cpu", f"{DEVICE}=cpu"
+    name = "cuda:0" if wanted in ("auto", "cuda") else wanted
+    try:
+        # is_available() is true where the wheel has no kernels for the card: only an operation tells.
+        torch.ones(8, device=name).sum().item()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        if wanted == "auto":
+            return "cpu", f"a CUDA device is there but does not work ({reason}); `trainbook doctor` says why"
+        raise UserError(f"device {wanted!r} does not work: {reason}", "run `trainbook doctor`, or use --device cpu") from None
+    return name, "one real operation ran on it"
+
+
+def _dtype(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "float32", "CPU"
+    import torch
+
+    # is_bf16_supported() counts emulation and says yes on a T4: go by the compute capability.
+    major, minor = torch.cuda.get_device_capability(device)
+    return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
+
+
+def _time_budget(where: str) -> tuple[float | None, str]:
+    if os.environ.get(TIME_BUDGET):
+        return parse_duration(os.environ[TIME_BUDGET]), f"{TIME_BUDGET}={os.environ[TIME_BUDGET]}"
+    if where == "kaggle":
+        return KAGGLE_BUDGET_SECONDS, "a Kaggle session ends at 12 h"
+    return None, "no limit known here"

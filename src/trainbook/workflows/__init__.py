@@ -1,0 +1,1 @@
+"""One folder per workflow; see `trainbook.catalog.CONTRACT` for what each offers."""

@@ -1,0 +1,90 @@
+"""What the chain must beat: independent bits, one monolithic RBM of equal size, a factorised logistic reverse step."""
+
+# T timesteps, B batch, V bits of all levels together
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_partition, mean_log_weight
+
+
+class LogisticChain(nn.Module):
+    """Factorised reverse steps: p_t(z_{t-1,i} = 1 | z_t) = s(a_t + Gamma_t (2 z_t - 1) + (2 z_t - 1) W_t)_i.
+
+    The exact coupling is given, so that W = 0 is already the reverse step of independent bits.
+
+    Args:
+        timesteps: T.
+        num_bits: V.
+    """
+
+    def __init__(self, timesteps: int, num_bits: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(timesteps, num_bits, num_bits))
+        self.bias = nn.Parameter(torch.zeros(timesteps, num_bits))
+
+    def logits(self, noisy: Tensor, coupling: Tensor, start: int, stop: int) -> Tensor:
+        """Log odds of z_{t-1} for t = start+1..stop; noisy (T, B, V), coupling (T,) -> (T, B, V)."""
+        signs = 2 * noisy - 1
+        return torch.baddbmm(self.bias[start:stop].unsqueeze(1) + coupling.view(-1, 1, 1) * signs, signs, self.weight[start:stop])
+
+    def loss(self, clean: Tensor, schedule: FlipSchedule) -> Tensor:
+        """Mean over timesteps of -log p_t(z_{t-1} | z_t), in nats per bit; clean (B, V)."""
+        return self.negative_log_steps(clean, schedule)[0].mean() / clean.shape[1]
+
+    def negative_log_steps(self, clean: Tensor, schedule: FlipSchedule) -> tuple[Tensor, Tensor]:
+        """-log p_t(z_{t-1} | z_t) of one drawn transition per timestep, (T, B) in nats, and the z_t it was drawn with."""
+        T = schedule.timesteps
+        previous = flip(clean.unsqueeze(0), schedule.cumulative[:-1].view(-1, 1, 1))
+        noisy = flip(previous, schedule.beta[1:].view(-1, 1, 1))
+        logits = self.logits(noisy, schedule.coupling[1:], 0, T)
+        return binary_cross_entropy_with_logits(logits, previous, reduction="none").sum(-1), noisy
+
+    @torch.no_grad()
+    def reverse_step(self, noisy: Tensor, t: int, schedule: FlipSchedule) -> Tensor:
+        """Sample z_{t-1} given z_t; (B, V) -> (B, V)."""
+        return torch.bernoulli(self.logits(noisy.unsqueeze(0), schedule.coupling[t : t + 1], t - 1, t).sigmoid()).squeeze(0)
+
+
+class IndependentBits(nn.Module):
+    """Every bit an independent coin with its own mean, from counts with one added to each side.
+
+    Args:
+        num_bits: V.
+    """
+
+    def __init__(self, num_bits: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((num_bits,), 0.5))
+
+    def fit(self, bits: Tensor) -> None:
+        """Set the means from training bits, (N, V)."""
+        self.mean.copy_((bits.sum(0) + 1) / (len(bits) + 2))
+
+    def negative_log_likelihood(self, bits: Tensor) -> Tensor:
+        """-log p(z), exact; (B, V) -> (B,), in nats."""
+        return -(torch.xlogy(bits, self.mean) + torch.xlogy(1 - bits, 1 - self.mean)).sum(-1)
+
+    @torch.no_grad()
+    def reverse_step(self, noisy: Tensor, t: int, schedule: FlipSchedule) -> Tensor:
+        """Sample z_{t-1} given z_t, exact for independent bits; (B, V) -> (B, V)."""
+        c = schedule.cumulative[t - 1]
+        odds = torch.logit(self.mean * (1 - 2 * c) + c) + schedule.coupling[t] * (2 * noisy - 1)
+        return torch.bernoulli(odds.sigmoid())
+
+
+def monolithic_rbm(num_bits: int, num_parameters: int, num_chains: int) -> ConditionalRBM:
+    """One RBM over the bits of all levels with about `num_parameters` parameters: the chain's size, T = 1, no condition."""
+    hidden = max(1, round((num_parameters - num_bits) / (num_bits + 1)))
+    return ConditionalRBM(1, num_bits, hidden, 0, num_chains)
+
+
+@torch.no_grad()
+def monolithic_negative_log_likelihood(rbm: ConditionalRBM, bits: Tensor, temperatures: int, particles: int) -> Tensor:
+    """-log p(z) = F(z) + log Z with log Z by annealed importance sampling; (B, V) -> (B,), in nats."""
+    block = rbm.block(0, 1)
+    bias = block.context_bias(bits.new_zeros(1, 1, 0))
+    log_z = mean_log_weight(log_partition(block, bias, bits.new_zeros(1, 1, bits.shape[1]), temperatures, particles))
+    return block.free_energy(bits.unsqueeze(0), bias).squeeze(0) + log_z.squeeze()

@@ -1,0 +1,114 @@
+"""What a timestep-specific DBN run can be told, and what it promises."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainbook.config import BaseConfig
+from trainbook.records import Target
+
+
+
+class Config(BaseConfig):
+    """The choices of a timestep-specific DBN run; levels are counted from fine (0) to coarse (2)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "timesteps": 3, "epochs_per_timestep": 2, "autoencoder_epochs": 2, "baseline_epochs": 2, "hidden_units": (16, 16, 8),
+            "max_train_images": 256, "evaluation_images": 32, "ais_temperatures": 20, "num_samples": 16, "autoencoder_width": 16,
+        },
+        "laptop": {},
+        "full": {
+            "dataset": "cifar10_airplane", "timesteps": 50, "batch_size": 32, "epochs_per_timestep": 100, "gibbs_sweeps": 1,
+            "code_channels": (4, 8, 16), "hidden_units": (512, 256, 256), "autoencoder_epochs": 100, "autoencoder_width": 96,
+            "baseline_epochs": 20, "ais_temperatures": 1000,
+        },
+    }  # fmt: skip
+
+    dataset: Literal["digits", "cifar10_airplane", "file"] = "digits"
+    """digits: scikit-learn's 1,797 real 8x8 images; cifar10_airplane: downloaded by torchvision; file: see data_file."""
+    data_file: str = ""
+    """With dataset = file: a .npz with uint8 arrays train and test, (N, H, W) or (N, H, W, 3); H and W multiples of 8."""
+    max_train_images: int = Field(default=0, ge=0)
+    """Use only the first so many training images; 0 uses all."""
+
+    code_channels: tuple[int, int, int] = (4, 8, 32)
+    """Bits per position on the three levels, at 1/2, 1/4 and 1/8 of the image's width."""
+    autoencoder_width: int = Field(default=64, ge=4, le=1024)
+    """Channels of the autoencoder's convolutions."""
+    autoencoder_epochs: int = Field(default=60, ge=1)
+    """Passes over the training images for the binary autoencoder."""
+    autoencoder_learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    """Adam's rate for the autoencoder, lowered to a tenth by a cosine."""
+    confidence_weight: float = Field(default=0.003, ge=0)
+    """Weight of the entropy of each bit's probability: higher makes the encoder surer of its bits."""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """Weight of the entropy of each bit's batch mean: higher makes every bit use both values."""
+
+    timesteps: int = Field(default=8, ge=1, le=1000)
+    """Diffusion steps T; one conditional RBM per step and level."""
+    schedule: Literal["cosine", "reciprocal", "linear"] = "cosine"
+    """How fast bits are flipped: cosine in the cumulative; 1/(2(T-t+1)); or linear 1e-4 to 0.02, which does not reach noise."""
+    hidden_units: tuple[int, int, int] = (192, 96, 64)
+    """Hidden units of the RBM on each level."""
+    context: Literal["hidden_mean", "hidden_sample", "bits"] = "hidden_mean"
+    """What a level sees of the next coarser one: mean or sample of its hidden units, or its bits themselves."""
+    noisy_context: bool = True
+    """Show each RBM's hidden units the noisy bits of all levels, not only its own through the exact coupling."""
+    negative_phase: Literal["pcd", "recovery", "cd"] = "pcd"
+    """Where the negative Gibbs chain starts: persistent chains, the noisy bits, or the clean bits."""
+    gibbs_sweeps: int = Field(default=2, ge=1, le=1000)
+    """Gibbs sweeps of the negative phase, k."""
+    order: Literal["block", "sequential"] = "block"
+    """Train all timesteps of a block at once as one tensor, or one timestep after the other."""
+    block_size: int = Field(default=0, ge=0)
+    """Timesteps per block when order = block; 0 puts all in one. A later block starts from the last step before it."""
+    epochs_per_timestep: int = Field(default=100, ge=1)
+    """Passes over the training codes for each block of timesteps."""
+    batch_size: int = Field(default=32, ge=2, le=4096)
+    """Images per step, in every stage."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """How the RBMs follow the contrastive gradient."""
+    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    """Rate of the RBMs' optimizer, lowered to a tenth by a cosine within each block."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay on the RBMs' weights, none on their biases."""
+
+    baseline_epochs: int = Field(default=100, ge=1)
+    """Passes over the training codes for the monolithic RBM and the factorised logistic step."""
+
+    sampling_sweeps: int = Field(default=20, ge=1)
+    """Gibbs sweeps per reverse step when sampling."""
+    num_samples: int = Field(default=256, ge=8)
+    """Ancestral samples drawn at the end."""
+    evaluation_images: int = Field(default=256, ge=8)
+    """Held-out images that likelihoods and bit errors are measured on, at most."""
+    ais_temperatures: int = Field(default=200, ge=2)
+    """Intermediate distributions of annealed importance sampling."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.dataset == "file") != bool(self.data_file):
+            raise ValueError("data_file goes with dataset = file, and dataset = file needs data_file")
+        if min(self.code_channels) < 1 or min(self.hidden_units) < 1:
+            raise ValueError("code_channels and hidden_units must be positive")
+        return self
+
+    @property
+    def block_timesteps(self) -> int:
+        """Timesteps trained at once."""
+        return 1 if self.order == "sequential" else min(self.block_size or self.timesteps, self.timesteps)
+
+
+_REAL = ("laptop", "full")
+_BRIEF = "brief: the chain must beat its baselines, or the report says so"
+
+TARGETS = (
+    Target("chain/nats_per_bit", "<", "independent_bits/nats_per_bit", _REAL, _BRIEF),
+    Target("chain/nats_per_bit", "<", "monolithic_rbm/nats_per_bit", _REAL, _BRIEF),
+    Target("chain/nats_per_bit", "<", "logistic_chain/nats_per_bit", _REAL, _BRIEF),
+    Target("chain/end_bit_error", "<", "logistic_chain/end_bit_error", _REAL, "note 2.9, item 8"),
+    Target("chain/sample_covariance_error", "<", "independent_bits/sample_covariance_error", _REAL, _BRIEF),
+    Target("autoencoder/dead_bit_share", "<=", 0.05, _REAL, "trainbook: fewer than 1 in 20 bits unused"),
+    Target("chain/final_flip_probability", ">=", 0.49, _REAL, "note 2.3: the forward chain must reach noise"),
+)

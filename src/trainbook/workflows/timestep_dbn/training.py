@@ -1,0 +1,260 @@
+"""Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainbook.data import Data, batch_indices
+from trainbook.errors import RunFailed
+from trainbook.records import Record
+from trainbook.runtime import Runtime
+from trainbook.state import TrainState
+from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
+from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm
+from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
+from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, contrastive_gradient, log_pseudo_likelihood, negative_start
+
+AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
+LOWEST_RATE = 0.1  # the cosine ends at this share of the learning rate
+METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
+METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of every stage, from the config and the number of training images."""
+
+    steps_per_epoch: int
+    autoencoder_steps: int
+    block_steps: int
+    blocks: list[tuple[int, int]]
+    baseline_steps: int
+
+    @classmethod
+    def of(cls, config: Config, num_images: int) -> "Plan":
+        """The plan of a run."""
+        steps, size = num_images // config.batch_size, config.block_timesteps
+        return cls(
+            steps_per_epoch=steps,
+            autoencoder_steps=steps * config.autoencoder_epochs,
+            block_steps=steps * config.epochs_per_timestep,
+            blocks=[(start, min(start + size, config.timesteps)) for start in range(0, config.timesteps, size)],
+            baseline_steps=steps * config.baseline_epochs,
+        )
+
+    @property
+    def chain_end(self) -> int:
+        """Global step at which the chain is trained."""
+        return self.autoencoder_steps + self.block_steps * len(self.blocks)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages."""
+        return self.chain_end + self.baseline_steps
+
+
+def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
+    """Modules and optimizers of a run, on the runtime's device."""
+    images = data.train["images"]
+    sizes = level_sizes(images.shape[2:], config.code_channels)
+    dbn = TimestepDBN(config, sizes)
+    num_parameters = sum(p.numel() for p in dbn.parameters())
+    modules: dict[str, nn.Module] = {
+        "autoencoder": BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width),
+        "dbn": dbn,
+        "monolithic_rbm": monolithic_rbm(sum(sizes), num_parameters, config.batch_size),
+        "logistic_chain": LogisticChain(config.timesteps, sum(sizes)),
+        "independent_bits": IndependentBits(sum(sizes)),
+    }
+    for module in modules.values():
+        module.to(runtime.device)
+    plan = Plan.of(config, len(images))
+    optimizers = {
+        "autoencoder": torch.optim.Adam(modules["autoencoder"].parameters(), lr=config.autoencoder_learning_rate),
+        "dbn": rbm_optimizer(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
+        "monolithic_rbm": rbm_optimizer(config, [rbm_views(modules["monolithic_rbm"], 0, 1)]),
+        "logistic_chain": torch.optim.Adam(modules["logistic_chain"].parameters(), lr=config.learning_rate),
+    }
+    return TrainState(modules, optimizers, total_steps=plan.total_steps, stage=AUTOENCODER)
+
+
+def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
+    """Train stage after stage from `state.step`; yields once per step.
+
+    Raises:
+        RunFailed: when some timestep made no update in an epoch.
+    """
+    plan = Plan.of(config, len(data.train["images"]))
+    if state.step < plan.autoencoder_steps:
+        yield from _train_autoencoder(config, data, state, plan)
+    if state.step < plan.total_steps:
+        codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
+        if state.step < plan.chain_end:
+            yield from _train_chain(config, codes, state, plan)
+        yield from _train_baselines(config, codes["train"], state, plan)
+
+
+def cosine_rate(rate: float, step: int, total: int) -> float:
+    """Learning rate that falls from `rate` to a tenth of it over `total` steps along half a cosine."""
+    return rate * (LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * step / total)) / 2)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _train_autoencoder(config: Config, data: Data, state: TrainState, plan: Plan) -> Iterator[Record]:
+    model, optimizer, images = state.modules["autoencoder"], state.optimizers["autoencoder"], data.train["images"]
+    state.stage = AUTOENCODER
+    while state.step < plan.autoencoder_steps:
+        batch = images[batch_indices(config.seed, state.step, len(images), config.batch_size).to(images.device)]
+        _set_rate(optimizer, cosine_rate(config.autoencoder_learning_rate, state.step, plan.autoencoder_steps))
+        loss, parts = autoencoder_loss(model, batch, config.confidence_weight, config.balance_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        state.step += 1
+        yield Record({"loss": loss.detach(), **parts}, milestone=state.step == plan.autoencoder_steps)
+
+
+def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
+    dbn: TimestepDBN = state.modules["dbn"]
+    device = codes["train"][0].device
+    schedule = flip_schedule(config.timesteps, config.schedule).to(device)
+    num_images = len(codes["train"][0])
+    state.stage = CHAIN
+    while state.step < plan.chain_end:
+        block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
+        start, stop = plan.blocks[block_index]
+        coupling = schedule.coupling[start + 1 : stop + 1]
+        if block_step == 0:
+            _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+        views = [rbm_views(level, start, stop) for level in dbn.levels]
+        optimizer = rbm_optimizer(config, views)
+        if block_step:
+            optimizer.load_state_dict(state.optimizers["dbn"].state_dict())
+        state.optimizers["dbn"] = optimizer
+        blocks, chains = [Block(*view) for view in views], [level.chains[start:stop] for level in dbn.levels]
+        while block_step < plan.block_steps:
+            indices = batch_indices(config.seed, block_step, num_images, config.batch_size).to(device)
+            _set_rate(optimizer, cosine_rate(config.learning_rate, block_step, plan.block_steps))
+            with torch.no_grad():
+                previous, noisy = diffuse([code[indices] for code in codes["train"]], schedule, start, stop)
+                contexts = dbn.contexts(blocks, previous, noisy)
+                for block, view, chain, z, z_noisy, field, (context, bias) in zip(
+                    blocks, views, chains, previous, noisy, fields(noisy, coupling), contexts, strict=True
+                ):
+                    model = block.gibbs(negative_start(config.negative_phase, chain, z_noisy, z), bias, field, config.gibbs_sweeps)
+                    if config.negative_phase == "pcd":
+                        chain.copy_(model)
+                    contrastive_gradient(block, z, context, bias, model, tuple(tensor.grad for tensor in view))
+            epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
+            before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
+            optimizer.step()
+            block_step += 1
+            state.step += 1
+            metrics: dict[str, Any] = {}
+            if position == 0:
+                metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
+                metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
+            yield Record(metrics, milestone=block_step == plan.block_steps)
+
+
+def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
+    """Weight, visible bias, hidden bias and context weight of some timesteps as leaves that share the module's memory."""
+    tensors = (rbm.weight, rbm.visible_bias, rbm.hidden_bias, rbm.context_weight)
+    views = [tensor.detach()[start:stop].requires_grad_() for tensor in tensors]
+    for view in views:
+        view.grad = torch.zeros_like(view)
+    return views
+
+
+def rbm_optimizer(config: Config, views: list[list[Tensor]]) -> torch.optim.Optimizer:
+    """Optimizer of RBM parameters in the order of `rbm_views`; weights decay, biases do not."""
+    groups = [
+        {"params": [tensor for view in views for tensor in (view[0], view[3])], "weight_decay": config.weight_decay},
+        {"params": [tensor for view in views for tensor in view[1:3]], "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if config.optimizer == "adam" else torch.optim.SGD
+    return kind(groups, lr=config.learning_rate, fused=True)
+
+
+@torch.no_grad()
+def _begin_block(dbn: TimestepDBN, codes: list[Tensor], cumulative: Tensor, start: int, stop: int) -> None:
+    """Start a block from the last timestep before it; the first block from the independent model of its bits."""
+    for level, code in zip(dbn.levels, codes, strict=True):
+        if start:
+            level.start_from(start - 1, start, stop)
+        else:
+            mean = code.mean(0) * (1 - 2 * cumulative.unsqueeze(1)) + cumulative.unsqueeze(1)  # of z_{t-1}
+            level.visible_bias[start:stop] = torch.logit(mean.clamp(0.02, 0.98))
+
+
+@torch.no_grad()
+def _epoch_metrics(
+    dbn: TimestepDBN, blocks: list[Block], codes: dict[str, list[Tensor]], schedule: Any, start: int, stop: int, before: list[Tensor]
+) -> dict[str, Any]:
+    """Per (timestep, level): reconstruction error, pseudo-likelihood, free-energy gap, update norm; and their means.
+
+    Raises:
+        RunFailed: when the weights of some timestep did not move at all.
+    """
+    per_split = {}
+    for split, levels in codes.items():
+        previous, noisy = diffuse([code[:METRIC_ROWS] for code in levels], schedule, start, stop)
+        contexts, field = dbn.contexts(blocks, previous, noisy), fields(noisy, schedule.coupling[start + 1 : stop + 1])
+        per_split[split] = list(zip(blocks, previous, field, [bias for _, bias in contexts], strict=True))
+    valid, num_bits = per_split["valid"], [code.shape[1] for code in codes["train"]]
+    energies = {split: [b.free_energy(z, bias).mean(1) for b, z, _, bias in rows] for split, rows in per_split.items()}
+    errors = [(z - b.visible_logit(b.hidden_logit(z, bias).sigmoid(), f).sigmoid()).abs().mean((1, 2)) for b, z, f, bias in valid]
+    likelihoods = [log_pseudo_likelihood(b, z, bias, f, METRIC_BITS) for b, z, f, bias in valid]
+    gaps = [(v - t) / size for v, t, size in zip(energies["valid"], energies["train"], num_bits, strict=True)]
+    norms = [(b.weight - old).square().mean((1, 2)).sqrt() for b, old in zip(blocks, before, strict=True)]
+    still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
+    if still:
+        raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    named = {"reconstruction_error": errors, "pseudo_likelihood": likelihoods, "free_energy_gap": gaps, "update_norm": norms}
+    tables = {name: torch.stack(values, 1) for name, values in named.items()}  # (T, level)
+    return {
+        **{f"mean_{name}": table.mean() for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+    }
+
+
+def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, plan: Plan) -> Iterator[Record]:
+    """The monolithic RBM by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
+    bits = torch.cat(codes, 1)
+    rbm, logistic = state.modules["monolithic_rbm"], state.modules["logistic_chain"]
+    schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
+    if state.step == plan.chain_end:
+        state.modules["independent_bits"].fit(bits)
+        rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
+    view = rbm_views(rbm, 0, 1)
+    optimizer = rbm_optimizer(config, [view])
+    optimizer.load_state_dict(state.optimizers["monolithic_rbm"].state_dict())
+    state.optimizers["monolithic_rbm"] = optimizer
+    block, field, context = Block(*view), bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
+    state.stage = BASELINES
+    while state.step < plan.total_steps:
+        step = state.step - plan.chain_end
+        batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
+        for name in ("monolithic_rbm", "logistic_chain"):
+            _set_rate(state.optimizers[name], cosine_rate(config.learning_rate, step, plan.baseline_steps))
+        with torch.no_grad():
+            bias = block.context_bias(context)
+            rbm.chains.copy_(block.gibbs(rbm.chains, bias, field, config.gibbs_sweeps))
+            contrastive_gradient(block, batch.unsqueeze(0), context, bias, rbm.chains, tuple(tensor.grad for tensor in view))
+        optimizer.step()
+        loss = logistic.loss(batch, schedule)
+        state.optimizers["logistic_chain"].zero_grad()
+        loss.backward()
+        state.optimizers["logistic_chain"].step()
+        state.step += 1
+        yield Record({"logistic_loss": loss.detach()}, milestone=state.step == plan.total_steps)
