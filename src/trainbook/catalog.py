@@ -39,7 +39,9 @@ class Workflow:
         """
         path = Path(__file__).resolve().parents[2] / "notebooks" / f"{self.name}.ipynb"
         if not path.is_file():
-            raise UserError(f"the notebook {path} is not there", "work in a clone of the repository: `git clone`, then `make demo`")
+            raise UserError(
+                f"the notebook {path} is not there", "work in a clone of the repository: `git clone`, then `make demo`"
+            )
         return path
 
 

@@ -101,7 +101,9 @@ class Engine:
         size = metadata["records_bytes"] if metadata else 0
         if self.folder.metrics.exists():
             if self.folder.metrics.stat().st_size < size:
-                raise RunFailed(f"{self.folder.metrics} is shorter than the checkpoint of step {state.step} says: records were lost")
+                raise RunFailed(
+                    f"{self.folder.metrics} is shorter than the checkpoint of step {state.step} says: records were lost"
+                )
             os.truncate(self.folder.metrics, size)
         return state.step
 
@@ -124,7 +126,14 @@ class Engine:
             StopSignals() as signals,
             self.folder.metrics.open("ab") as metrics,
             self.folder.system.open("a") as system,
-            tqdm(total=state.total_steps, initial=state.step, unit="step", mininterval=0.5, disable=not self.progress, smoothing=0.05) as bar,
+            tqdm(
+                total=state.total_steps,
+                initial=state.step,
+                unit="step",
+                mininterval=0.5,
+                disable=not self.progress,
+                smoothing=0.05,
+            ) as bar,
         ):
             while True:
                 seed_step(self.seed, state.step)
@@ -133,7 +142,9 @@ class Engine:
                 now = time.monotonic()
                 if record is not None:
                     if state.step != expected:
-                        raise RunFailed(f"train must advance state.step by one per record; it went from {expected - 1} to {state.step}")
+                        raise RunFailed(
+                            f"train must advance state.step by one per record; it went from {expected - 1} to {state.step}"
+                        )
                     self._pending.append((state.step, state.stage, record))
                     bar.update()
                 why = "all steps done" if record is None else self._stop_reason(signals, now)
@@ -143,7 +154,10 @@ class Engine:
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS:
                         rate = (state.step - first_step) / max(now - started, 1e-9)
-                        json.dump({"step": state.step, "seconds": now - started, "steps_per_second": rate, **monitor.read()}, system)
+                        json.dump(
+                            {"step": state.step, "seconds": now - started, "steps_per_second": rate, **monitor.read()},
+                            system,
+                        )
                         system.write("\n")
                         measured = now
                 if save and saved_step != state.step:
@@ -186,7 +200,8 @@ class Engine:
         where = f"non-finite tensors now: {', '.join(tensors[:5])}" if tensors else "all parameters are still finite"
         good = sorted(path.name for path in self.folder.checkpoints.glob("[0-9]*"))
         last = f"the last good checkpoint is step {int(good[-1])}" if good else "there is no checkpoint yet"
-        return f"{', '.join(metrics)} became non-finite at step {step} of stage {stage!r}; {where}; {last}. Lower the learning rate and start again."
+        what = f"{', '.join(metrics)} became non-finite at step {step} of stage {stage!r}"
+        return f"{what}; {where}; {last}. Lower the learning rate and start again."
 
     def _save(self, metrics: Any, state: TrainState) -> None:
         if bad := state.non_finite_tensors():
@@ -196,8 +211,8 @@ class Engine:
             save_checkpoint(self.folder.checkpoints, state, {"records_bytes": metrics.tell()}, self.keep)
         except OSError as error:
             raise RunFailed(
-                f"the checkpoint of step {state.step} cannot be written: {error.strerror or error}. Earlier checkpoints are whole: "
-                f"free some space, then `trainbook resume {self.folder.path.name}`."
+                f"the checkpoint of step {state.step} cannot be written: {error.strerror or error}. "
+                f"Earlier ones are whole: free some space, then `trainbook resume {self.folder.path.name}`."
             ) from error
 
 

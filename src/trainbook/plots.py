@@ -67,7 +67,15 @@ def image_grid(axes: Axes, images: np.ndarray, num_columns: int, title: str = ""
         spine.set_visible(False)
 
 
-def heatmap(axes: Axes, values: np.ndarray, title: str, x_label: str, y_label: str, unit: str, extent: Sequence[float] | None = None) -> None:
+def heatmap(
+    axes: Axes,
+    values: np.ndarray,
+    title: str,
+    x_label: str,
+    y_label: str,
+    unit: str,
+    extent: Sequence[float] | None = None,
+) -> None:
     """Draw a matrix with a colour bar; row 0 at the bottom.
 
     Args:
@@ -82,7 +90,14 @@ def heatmap(axes: Axes, values: np.ndarray, title: str, x_label: str, y_label: s
     axes.figure.colorbar(picture, ax=axes, label=unit)
 
 
-def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, unit: str, errors: Sequence[float] | None = None) -> None:
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    title: str,
+    unit: str,
+    errors: Sequence[float] | None = None,
+) -> None:
     """Draw horizontal bars with their values written beside them; the first bar is ours and darker."""
     positions = np.arange(len(names))[::-1]
     colors = ["C0"] + ["0.7"] * (len(names) - 1)
@@ -107,7 +122,15 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     for panel, (name, by_stage) in zip(axes.flat, shown, strict=False):
         for stage, points in by_stage.items():
             steps, values = np.array(points).T
-            panel.plot(steps, values, ".-" if len(points) < 40 else "-", color=f"C{stages.index(stage)}", label=stage, linewidth=1, markersize=3)
+            panel.plot(
+                steps,
+                values,
+                ".-" if len(points) < 40 else "-",
+                color=f"C{stages.index(stage)}",
+                label=stage,
+                linewidth=1,
+                markersize=3,
+            )
         panel.set(title=name.replace("_", " "), xlabel="step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)

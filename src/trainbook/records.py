@@ -67,7 +67,9 @@ class Target:
             verdict = "not measured"
         else:
             verdict = "reached" if COMPARISONS[self.comparison](found, bound) else "missed"
-        target = f"{self.comparison} {self.value}" + (f" = {bound:.4g}" if isinstance(self.value, str) and bound is not None else "")
+        target = f"{self.comparison} {self.value}" + (
+            f" = {bound:.4g}" if isinstance(self.value, str) and bound is not None else ""
+        )
         return {"metric": self.metric, "target": target, "measured": found, "verdict": verdict, "source": self.source}
 
 
@@ -108,7 +110,8 @@ class RunFolder:
                 write_json(self.config, config)
         except OSError as error:
             raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}", "free it, or set TRAINBOOK_RUNS to another folder"
+                f"cannot write the run folder {self.path}: {error.strerror}",
+                "free it, or set TRAINBOOK_RUNS to another folder",
             ) from None
 
     def check(self, config: dict[str, Any]) -> None:
@@ -124,7 +127,9 @@ class RunFolder:
             difference = f"workflow {found.get('workflow')}, not {config['workflow']}"
         else:
             old, new = found.get("config", {}), config["config"]
-            difference = ", ".join(f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            difference = ", ".join(
+                f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+            )
         raise UserError(f"{self.path} holds a run with {difference}", "choose another --run-id, or `trainbook resume` that run")
 
     def lock(self) -> None:
@@ -138,7 +143,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UserError(f"process {self.training_process()} is training in {self.path}", "wait for it or stop it first") from None
+            raise UserError(
+                f"process {self.training_process()} is training in {self.path}", "wait for it or stop it first"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -172,7 +179,9 @@ class RunFolder:
             UserError: when there is none.
         """
         if not self.run_json.is_file():
-            raise UserError(f"{self.path} is not a run folder: it has no run.json", "give the folder that `trainbook run` printed")
+            raise UserError(
+                f"{self.path} is not a run folder: it has no run.json", "give the folder that `trainbook run` printed"
+            )
         return read_json(self.run_json)
 
 
@@ -186,12 +195,24 @@ def find_run(name: str, runs_folder: Path) -> RunFolder:
         if (path / "config.json").is_file():
             return RunFolder(path.absolute())
     known = sorted(path.parent.name for path in runs_folder.glob("*/config.json"))
-    raise UserError(f"there is no run {name!r} in {runs_folder}", f"known: {', '.join(known[-8:])}" if known else "start one with `trainbook run NAME`")
+    raise UserError(
+        f"there is no run {name!r} in {runs_folder}",
+        f"known: {', '.join(known[-8:])}" if known else "start one with `trainbook run NAME`",
+    )
 
 
 def provenance() -> dict[str, Any]:
     """Versions that a reader needs to repeat a run: kit, git revision, Python, packages."""
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scikit-image", "accelerate", "transformers", "papermill")
+    packages = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "scikit-learn",
+        "scikit-image",
+        "accelerate",
+        "transformers",
+        "papermill",
+    )
     versions = {}
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -205,7 +226,9 @@ def git_revision() -> str | None:
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(source)])
         head, changes = (
-            subprocess.run(["git", "-C", str(source), *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(source), *command], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.SubprocessError):

@@ -27,6 +27,23 @@ def verdict_table(verdicts: list[dict]) -> Table:
     return Table(["metric", "target", "measured", "verdict", "source"], rows)
 
 
+def comparison_table(folders: list[RunFolder]) -> Table:
+    """Runs as columns: status, the config fields in which they differ, and every metric."""
+    summaries, configs = (
+        [folder.summary() for folder in folders],
+        [read_json(folder.config)["config"] for folder in folders],
+    )
+    rows = [[name, *(str(summary[name]) for summary in summaries)] for name in ("workflow", "preset", "status", "step")]
+    rows.append(["wall seconds", *(f"{summary['wall_seconds']:.1f}" for summary in summaries)])
+    for field in dict.fromkeys(name for config in configs for name in config):
+        values = [str(config.get(field, "-")) for config in configs]
+        if len(set(values)) > 1:
+            rows.append([field, *values])
+    for metric in dict.fromkeys(name for summary in summaries for name in summary.get("metrics", {})):
+        rows.append([metric, *(format_number(summary.get("metrics", {}).get(metric)) for summary in summaries)])
+    return Table(["", *(folder.path.name for folder in folders)], rows)
+
+
 def format_number(value: float | None) -> str:
     """Four significant digits; a dash for nothing."""
     return "-" if value is None else f"{value:.4g}"
@@ -41,14 +58,21 @@ def write(folder: RunFolder) -> None:
     summary = folder.summary()
     workflow = load(summary["workflow"])
     config = workflow.Config(**read_json(folder.config)["config"])
-    figures = [(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in sorted(folder.figures.glob("*.png"))]
+    figures = [
+        (path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode())
+        for path in sorted(folder.figures.glob("*.png"))
+    ]
     template = importlib.resources.files("trainbook").joinpath("report.html.jinja").read_text()
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(
-        title=workflow.title,
-        summary=summary,
-        metrics=metrics_table(summary["metrics"]) if "metrics" in summary else None,
-        verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,
-        config=Table(["field", "value", f"{summary['preset']} has", "allowed", "meaning"], config.rows(summary["preset"])),
-        figures=figures,
+    page = (
+        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        .from_string(template)
+        .render(
+            title=workflow.title,
+            summary=summary,
+            metrics=metrics_table(summary["metrics"]) if "metrics" in summary else None,
+            verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,
+            config=Table(["field", "value", f"{summary['preset']} has", "allowed", "meaning"], config.rows(summary["preset"])),
+            figures=figures,
+        )
     )
     write_atomic(folder.report, page.encode())

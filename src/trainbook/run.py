@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from IPython import get_ipython
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
@@ -36,7 +36,11 @@ DRAWING_STEP = EVALUATION_STEP + 1
 
 
 def start(
-    workflow: ModuleType | str, preset: str = "laptop", overrides: dict[str, Any] | None = None, run_id: str = "", authentic: bool = False
+    workflow: ModuleType | str,
+    preset: str = "laptop",
+    overrides: dict[str, Any] | None = None,
+    run_id: str = "",
+    authentic: bool = False,
 ) -> "Run":
     """Prepare a run: check the config, look at the machine, and find what there is to continue. Trains nothing.
 
@@ -52,16 +56,38 @@ def start(
         UserError: for a bad config, an unwritable folder, a foreign run folder, a device that does not work.
     """
     name = workflow if isinstance(workflow, str) else workflow.__name__.rpartition(".")[2]
-    chosen = load(name)
-    config = chosen.Config.from_preset(preset, overrides)
+    run = prepare(name, preset, overrides, run_id, authentic)
+    print(f"{name}, preset {preset}, run {run.run_id}")
+    show(Table(["", "chosen", "why"], run.runtime.rows()))
+    return run
+
+
+def prepare(
+    name: str,
+    preset: str,
+    overrides: dict[str, Any] | None = None,
+    run_id: str = "",
+    authentic: bool = False,
+    folder: RunFolder | None = None,
+) -> "Run":
+    """What `start` does, without a word; `folder` names an existing run folder that lies elsewhere."""
+    workflow = load(name)
+    config = workflow.Config.from_preset(preset, overrides)
     runtime = detect()
     configure_logging(runtime.log_level)
-    if authentic and (revision := git_revision()) is not None and revision.endswith("+changes"):
-        raise UserError("authentic runs need an unchanged kit; its files differ from the git revision", "commit or stash the changes")
-    run = Run(chosen, config, preset, runtime, run_id or _unfinished(name, config, runtime) or new_run_id(name, preset), authentic)
-    print(f"{name}, preset {preset}, run {run.run_id}")
-    display(Table(["", "chosen", "why"], runtime.rows()))
-    return run
+    if authentic and (git_revision() or "").endswith("+changes"):
+        raise UserError(
+            "authentic runs need an unchanged kit; its files differ from the git revision",
+            "commit or stash the changes",
+        )
+    run_id = run_id or _unfinished(name, config, runtime) or new_run_id(name, preset)
+    return Run(workflow, config, preset, runtime, folder or RunFolder(runtime.runs_folder / run_id), authentic)
+
+
+def show(thing: Any) -> None:
+    """Show a table or a picture where there is a notebook to show it in."""
+    if get_ipython() is not None:
+        display(thing)
 
 
 def new_run_id(name: str, preset: str) -> str:
@@ -73,7 +99,11 @@ def _unfinished(name: str, config: BaseConfig, runtime: Runtime) -> str:
     for path in sorted(runtime.runs_folder.glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = RunFolder(path.parent)
         summary = folder.summary()
-        if summary["config_sha256"] == config.sha256() and summary["status"] in ("stopped", "running") and folder.training_process() is None:
+        if (
+            summary["config_sha256"] == config.sha256()
+            and summary["status"] in ("stopped", "running")
+            and folder.training_process() is None
+        ):
             return path.parent.name
     return ""
 
@@ -81,10 +111,12 @@ def _unfinished(name: str, config: BaseConfig, runtime: Runtime) -> str:
 class Run:
     """One run of one workflow. The methods are called in the order of the notebook's cells."""
 
-    def __init__(self, workflow: Workflow, config: BaseConfig, preset: str, runtime: Runtime, run_id: str, authentic: bool) -> None:
-        self.workflow, self.config, self.preset, self.runtime, self.run_id = workflow, config, preset, runtime, run_id
+    def __init__(
+        self, workflow: Workflow, config: BaseConfig, preset: str, runtime: Runtime, folder: RunFolder, authentic: bool
+    ) -> None:
+        self.workflow, self.config, self.preset, self.runtime, self.folder = workflow, config, preset, runtime, folder
         self.authentic = authentic
-        self.folder = RunFolder(runtime.runs_folder / run_id)
+        self.run_id = folder.path.name
         self.data: Data | None = None
         self.state: TrainState | None = None
         self.summary: dict[str, Any] = {}
@@ -106,16 +138,14 @@ class Run:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS"
-            ) from None
+            raise UserError(f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS") from None
 
     def config_table(self) -> Table:
         """Every field with its value, what the preset says where that differs, its bounds and its meaning."""
         return Table(["field", "value", f"{self.preset} has", "allowed", "meaning"], self.config.rows(self.preset))
 
     def load_data(self) -> Table:
-        """Load the data set and show where it comes from.
+        """Load the data set; show examples and where it comes from.
 
         Raises:
             UserError: when it is missing, or not allowed in an authentic run.
@@ -123,19 +153,20 @@ class Run:
         self.data = self.workflow.load_data(self.config, self.runtime)
         if self.authentic and (self.data.synthetic or not self.data.sha256):
             raise UserError("authentic runs need real data with a checksum", "drop --authentic, or choose another data set")
+        if get_ipython() is not None:
+            for figure in self.workflow.draw_data(self.config, self.data).values():
+                show(Image(plots.to_png(figure)))
         return Table(["split", "tensor", "content"], self.data.rows())
-
-    def show_data(self) -> None:
-        """Show examples of the data set, where the workflow draws them."""
-        for figure in self.workflow.draw_data(self.config, self.data).values():
-            display(Image(plots.to_png(figure)))
 
     def build(self) -> Table:
         """Build modules and optimizers from the seed, and count the parameters."""
         seed_step(self.config.seed, 0)
         self.state = self.workflow.build(self.config, self.data, self.runtime)
         counts = self.state.num_parameters()
-        return Table(["module", "parameters"], [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]])
+        return Table(
+            ["module", "parameters"],
+            [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]],
+        )
 
     def train(self, checkpoint_seconds: float = 60.0, progress: bool = True) -> None:
         """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
@@ -150,16 +181,22 @@ class Run:
         self._begin()
         with self._segment_recorded():
             engine = Engine(
-                self.folder, self.runtime.device, self.config.seed, self.runtime.deadline, checkpoint_seconds=checkpoint_seconds, progress=progress
+                self.folder,
+                self.runtime.device,
+                self.config.seed,
+                self.runtime.deadline,
+                checkpoint_seconds=checkpoint_seconds,
+                progress=progress,
             )
             self._segment["first_step"] = engine.restore(self.state)
             if self.state.step:
                 logger.info("continuing %s at step %d of %d", self.run_id, self.state.step, self.state.total_steps)
             outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
             self.summary.update(why=outcome.why, status="stopped" if outcome.status == "stopped" else "running")
-        logger.info("%s: %s at step %d of %d", self.run_id, self.summary["why"], self.state.step, self.state.total_steps)
+        where = f"at step {self.state.step} of {self.state.total_steps}: {self.summary['why']}"
+        logger.info("%s %s", self.run_id, where)
         if self.stopped:
-            print(f"Stopped ({self.summary['why']}) at step {self.state.step} of {self.state.total_steps}. Continue: trainbook resume {self.run_id}")
+            print(f"Stopped {where}. Continue: trainbook resume {self.run_id}")
 
     @contextmanager
     def _segment_recorded(self) -> Iterator[None]:
@@ -173,7 +210,9 @@ class Run:
             self.summary.update(status=status, why=str(error) or type(error).__name__)
             raise
         finally:
-            self._segment.update(ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + time.monotonic() - began)
+            self._segment.update(
+                ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + time.monotonic() - began
+            )
             self._write_summary()
             if self.summary["status"] != "running":
                 self.folder.unlock()
@@ -233,22 +272,19 @@ class Run:
         self._show({"curves": figure})
 
     def evaluate(self) -> Table | str:
-        """Measure on held-out data and judge the targets."""
+        """Measure on held-out data, show it beside the baselines, and judge the targets."""
         if self.stopped:
             return f"not evaluated: the run is stopped; trainbook resume {self.run_id}"
         with self._segment_recorded():
             self.summary["metrics"] = self.measure()
         self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
-        return report.metrics_table(self.summary["metrics"])
+        show(report.metrics_table(self.summary["metrics"]))
+        return report.verdict_table(self.summary["verdicts"])
 
     def measure(self) -> dict[str, float]:
         """The workflow's held-out metrics, with a random stream that depends on the seed only."""
         seed_step(self.config.seed, EVALUATION_STEP)
         return {name: float(value) for name, value in self.workflow.evaluate(self.config, self.data, self.state).items()}
-
-    def verdicts(self) -> Table | str:
-        """Every target beside what was measured."""
-        return "no verdicts: the run is stopped" if self.stopped else report.verdict_table(self.summary["verdicts"])
 
     def draw(self) -> None:
         """Draw, save and show the workflow's pictures."""
@@ -264,8 +300,10 @@ class Run:
         for name, figure in figures.items():
             mark = "SYNTHETIC DATA" if self.data.synthetic else ""
             path = self.folder.figures / f"{name}.png"
-            path.write_bytes(plots.to_png(figure, footnote=" · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part)))
-            display(Image(filename=str(path)))
+            path.write_bytes(
+                plots.to_png(figure, footnote=" · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part))
+            )
+            show(Image(filename=str(path)))
 
     def finish(self) -> str:
         """Export the weights, write the report, and run.json last of all."""
@@ -283,7 +321,11 @@ class Run:
         self.folder.export.mkdir()
         for name, module in self.state.modules.items():
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-            save_file(tensors, str(self.folder.export / f"{name}.safetensors"), metadata={"run_id": self.run_id, "config_sha256": self.config.sha256()})
+            save_file(
+                tensors,
+                str(self.folder.export / f"{name}.safetensors"),
+                metadata={"run_id": self.run_id, "config_sha256": self.config.sha256()},
+            )
         write_json(self.folder.export / "config.json", self._identity)
 
     def _checksums(self) -> dict[str, str]:

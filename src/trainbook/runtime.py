@@ -51,9 +51,11 @@ class Runtime:
         """Table rows: what, chosen, why."""
         left = "none" if self.deadline is None else f"{(self.deadline - time.monotonic()) / 3600:.2f} h"
         chosen = {"platform": self.platform, "device": self.device, "dtype": self.dtype, "time budget": left}
-        folders = [["runs", str(self.runs_folder), f"${RUNS} or ./runs"], ["data", str(self.data_folder), f"${DATA} or the user's cache"]]
+        folders = [
+            ["runs", str(self.runs_folder), f"${RUNS} or ./runs"],
+            ["data", str(self.data_folder), f"${DATA} or the user's cache"],
+        ]
         return [[name, value, self.reasons.get(name, "")] for name, value in chosen.items()] + folders
-
 
     def device_name(self) -> str:
         """The device's product name."""
@@ -86,8 +88,21 @@ def detect() -> Runtime:
         deadline=None if budget is None else time.monotonic() + budget,
         price_per_hour=float(os.environ[PRICE]) if PRICE in os.environ else None,
         log_level=level,
-        reasons={"platform": platform_reason, "device": device_reason, "dtype": dtype_reason, "time budget": budget_reason},
+        reasons={
+            "platform": platform_reason,
+            "device": device_reason,
+            "dtype": dtype_reason,
+            "time budget": budget_reason,
+        },
     )
+
+
+def calm_threads() -> None:
+    """Let OpenMP threads sleep while they wait, unless the environment says otherwise; only works before torch is loaded.
+
+    By default they spin. Where another process holds one of two cores, spinning made small steps 100 times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def runs_folder() -> Path:

@@ -93,7 +93,10 @@ def save_checkpoint(folder: Path, state: TrainState, metadata: dict[str, Any], k
     """
     buffer = io.BytesIO()
     torch.save(state.state_dict(), buffer)
-    files = {STATE_FILE: buffer.getvalue(), METADATA_FILE: json.dumps({**metadata, "step": state.step, "stage": state.stage}).encode()}
+    files = {
+        STATE_FILE: buffer.getvalue(),
+        METADATA_FILE: json.dumps({**metadata, "step": state.step, "stage": state.stage}).encode(),
+    }
     entries = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()}
     files[MANIFEST_FILE] = _compact({"files": entries, "sha256": _digest(entries)})
 

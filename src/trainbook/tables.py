@@ -1,5 +1,6 @@
 """Tables that read well in a terminal, in a notebook and in a report."""
 
+import textwrap
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -15,7 +16,8 @@ class Table:
     rows: list[list[str]]
 
     def __repr__(self) -> str:
-        return tabulate(self.rows, self.headers, tablefmt="simple", disable_numparse=True, maxcolwidths=MAX_COLUMN_CHARACTERS)
+        rows = [[textwrap.fill(cell, MAX_COLUMN_CHARACTERS) for cell in row] for row in self.rows]
+        return tabulate(rows, self.headers, tablefmt="simple", disable_numparse=True)
 
     def _repr_html_(self) -> str:
         return tabulate(self.rows, self.headers, tablefmt="html", disable_numparse=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, mse_loss
+from torch.nn.functional import interpolate, mse_loss, softplus
 
 from trainbook.workflows.timestep_dbn.diffusion import binary_entropy
 
@@ -21,7 +21,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(4, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+            nn.GroupNorm(4, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +46,9 @@ class BinaryAutoencoder(nn.Module):
         super().__init__()
         levels = range(len(code_channels))
         self.stem = nn.Conv2d(image_channels, width, 3, padding=1)
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 4, stride=2, padding=1), ResidualBlock(width)) for _ in levels)
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 4, stride=2, padding=1), ResidualBlock(width)) for _ in levels
+        )
         self.heads = nn.ModuleList(nn.Conv2d(width, channels, 1) for channels in code_channels)
         self.inject = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in code_channels)
         self.up = nn.ModuleList(ResidualBlock(width) for _ in levels)
@@ -90,22 +96,28 @@ def autoencoder_loss(
     Returns:
         The loss, and its parts by name.
     """
-    probabilities = [logit.sigmoid() for logit in model.encode_logits(images)]
+    logits = model.encode_logits(images)
+    probabilities = [logit.sigmoid() for logit in logits]
     codes = [straight_through(p, torch.bernoulli(p.detach())) for p in probabilities]
     error = mse_loss(model.decode(codes), images)
-    confidence, balance = (mean_over_bits(penalty(probabilities)) for penalty in (bit_entropies, balance_entropies))
+    confidence = mean_over_bits([logit_entropy(logit) for logit in logits])
+    balance = mean_over_bits([binary_entropy(usage(p)) for p in probabilities])
     loss = error + confidence_weight * confidence - balance_weight * balance
-    return loss, {"reconstruction_mse": error.detach(), "bit_entropy": confidence.detach(), "bit_balance": balance.detach()}
+    return loss, {
+        "reconstruction_mse": error.detach(),
+        "bit_entropy": confidence.detach(),
+        "bit_balance": balance.detach(),
+    }
 
 
-def bit_entropies(probabilities: Sequence[Tensor]) -> list[Tensor]:
-    """H(p) of every bit of every image."""
-    return [binary_entropy(p) for p in probabilities]
+def logit_entropy(logit: Tensor) -> Tensor:
+    """H(sigmoid(u)) = softplus(u) - u sigmoid(u), in nats; its gradient stays finite where p rounds to 0 or 1."""
+    return softplus(logit) - logit * logit.sigmoid()
 
 
-def balance_entropies(probabilities: Sequence[Tensor]) -> list[Tensor]:
-    """H(batch mean of p) of every bit."""
-    return [binary_entropy(p.mean(0)) for p in probabilities]
+def usage(probability: Tensor) -> Tensor:
+    """Mean over the batch of each bit's probability, kept off 0 and 1 where the entropy's gradient is infinite."""
+    return probability.mean(0).clamp(1e-6, 1 - 1e-6)
 
 
 def mean_over_bits(values: Sequence[Tensor]) -> Tensor:

@@ -153,10 +153,16 @@ def bound(dbn: TimestepDBN, clean: Sequence[Tensor], schedule: FlipSchedule, tem
 def prior_divergence(clean: Sequence[Tensor], schedule: FlipSchedule) -> Tensor:
     """KL(q(z_T | z_0) || fair coins) = V (ln 2 - H(c_T)), the same for every sample; (B,)."""
     num_bits = sum(bits.shape[-1] for bits in clean)
-    return (num_bits * (torch.log(torch.tensor(2.0)) - binary_entropy(schedule.cumulative[-1]))).expand(len(clean[0])).to(clean[0].device)
+    return (
+        (num_bits * (torch.log(torch.tensor(2.0)) - binary_entropy(schedule.cumulative[-1])))
+        .expand(len(clean[0]))
+        .to(clean[0].device)
+    )
 
 
 def posterior_entropy(noisy: Sequence[Tensor], clean: Sequence[Tensor], schedule: FlipSchedule, start: int, stop: int) -> Tensor:
     """H(q(z_{t-1} | z_t, z_0)) for t = start+1..stop, summed over bits; noisy [(T, B, V_l)] -> (T, B), in nats."""
-    beta, cumulative = (values.view(-1, 1, 1) for values in (schedule.beta[start + 1 : stop + 1], schedule.cumulative[start:stop]))
+    beta, cumulative = (
+        values.view(-1, 1, 1) for values in (schedule.beta[start + 1 : stop + 1], schedule.cumulative[start:stop])
+    )
     return sum(binary_entropy(posterior_probability(z, c, beta, cumulative)).sum(-1) for z, c in zip(noisy, clean, strict=True))

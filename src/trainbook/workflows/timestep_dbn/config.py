@@ -8,7 +8,6 @@ from trainbook.config import BaseConfig
 from trainbook.records import Target
 
 
-
 class Config(BaseConfig):
     """The choices of a timestep-specific DBN run; levels are counted from fine (0) to coarse (2)."""
 

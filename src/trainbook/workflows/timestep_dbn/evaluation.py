@@ -10,11 +10,18 @@ from torch import Tensor
 
 from trainbook.data import Data
 from trainbook.state import TrainState
-from trainbook.workflows.timestep_dbn.autoencoder import balance_entropies, decode_all, encode_all, mean_over_bits
+from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
 from trainbook.workflows.timestep_dbn.baselines import monolithic_negative_log_likelihood
-from trainbook.workflows.timestep_dbn.chain import bound, diffuse, fields, posterior_entropy, prior_divergence, reverse_step
+from trainbook.workflows.timestep_dbn.chain import (
+    bound,
+    diffuse,
+    fields,
+    posterior_entropy,
+    prior_divergence,
+    reverse_step,
+)
 from trainbook.workflows.timestep_dbn.config import Config
-from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip, flip_schedule
+from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 
 DEAD_BIT_ENTROPY = 0.05  # nats: a bit that is 1 (or 0) in fewer than about 1 % of the images
@@ -54,20 +61,22 @@ def autoencoder_metrics(model: torch.nn.Module, data: Data) -> dict[str, float]:
     rebuilt = decode_all(model, codes, images.shape[2:])
     sampled = decode_all(model, [torch.bernoulli(p).flatten(1) for p in probabilities], images.shape[2:])
     train = data.train["images"]
-    usage = torch.cat([entropy.flatten() for entropy in balance_entropies([code.float() for code in codes])])
+    used = torch.cat([binary_entropy(code.mean(0)) for code in codes])
     metrics = {
         "autoencoder/psnr_test_db": psnr(images, rebuilt),
         "autoencoder/psnr_train_db": psnr(train, decode_all(model, encode_all(model, train), images.shape[2:])),
         "autoencoder/psnr_sampled_bits_db": psnr(images, sampled),
         "autoencoder/ssim_test": ssim(images, rebuilt),
         "mean_image/psnr_test_db": psnr(images, train.mean(0, keepdim=True).expand_as(images)),
-        "autoencoder/dead_bit_share": float((usage < DEAD_BIT_ENTROPY).float().mean()),
-        "autoencoder/bit_usage_entropy_nats": float(usage.mean()),
+        "autoencoder/dead_bit_share": float((used < DEAD_BIT_ENTROPY).float().mean()),
+        "autoencoder/bit_usage_entropy_nats": float(used.mean()),
         "autoencoder/bit_confidence": float(mean_over_bits([(p - 0.5).abs() for p in probabilities])),
     }
     for rate in FLIP_RATES:
         damaged = [flip(code, torch.tensor(rate, device=code.device)) for code in codes]
-        metrics[f"autoencoder/psnr_{rate:.0%}_flipped_db".replace("%", "pc")] = psnr(images, decode_all(model, damaged, images.shape[2:]))
+        metrics[f"autoencoder/psnr_{rate:.0%}_flipped_db".replace("%", "pc")] = psnr(
+            images, decode_all(model, damaged, images.shape[2:])
+        )
     return metrics
 
 
@@ -82,6 +91,7 @@ def ssim(images: Tensor, rebuilt: Tensor) -> float:
     return float(np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=0) for a, b in pairs]))
 
 
+@torch.no_grad()
 def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, float]:
     """-ln p of held-out codes per bit for every model, with standard errors over images."""
     bits = torch.cat(test, 1)
@@ -91,13 +101,22 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
     logistic_terms = negative_logs - posterior_entropy([noisy], [bits], schedule, 0, config.timesteps)
     values = {
         "chain": bound(dbn, clean, schedule, config.ais_temperatures).sum(0),
-        "monolithic_rbm": monolithic_negative_log_likelihood(state.modules["monolithic_rbm"], bits, config.ais_temperatures, len(bits)),
+        "monolithic_rbm": monolithic_negative_log_likelihood(
+            state.modules["monolithic_rbm"], bits, config.ais_temperatures, len(bits)
+        ),
         "logistic_chain": logistic_terms.sum(0) + prior_divergence([bits], schedule),
         "independent_bits": state.modules["independent_bits"].negative_log_likelihood(bits),
     }
     metrics = {f"{who}/nats_per_bit": float(value.mean()) / bits.shape[1] for who, value in values.items()}
-    spread = {f"{who}/nats_per_bit_standard_error": float(value.std()) / bits.shape[1] / math.sqrt(len(bits)) for who, value in values.items()}
-    return {**metrics, **spread, "chain/conditional_pseudo_likelihood": pseudo_likelihood(config, state, clean, schedule)}
+    spread = {
+        f"{who}/nats_per_bit_standard_error": float(value.std()) / bits.shape[1] / math.sqrt(len(bits))
+        for who, value in values.items()
+    }
+    return {
+        **metrics,
+        **spread,
+        "chain/conditional_pseudo_likelihood": pseudo_likelihood(config, state, clean, schedule),
+    }
 
 
 def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], schedule: FlipSchedule) -> float:
@@ -158,7 +177,9 @@ def sample_trajectory(step: Reverse, num_samples: int, num_bits: int, timesteps:
     return trajectory
 
 
-def sample_errors(config: Config, state: TrainState, test: list[Tensor], train: list[Tensor], schedule: FlipSchedule) -> dict[str, float]:
+def sample_errors(
+    config: Config, state: TrainState, test: list[Tensor], train: list[Tensor], schedule: FlipSchedule
+) -> dict[str, float]:
     """How far the means and covariances of sampled bits lie from those of the test codes."""
     reference, pool = torch.cat(test, 1), torch.cat(train, 1)
     num_samples = min(config.num_samples, len(pool))

@@ -99,6 +99,7 @@ def _from_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         fits = array.ndim in (3, 4) and array.shape[3:] in ((), (3,)) and not any(size % 8 for size in array.shape[1:3])
         if array.dtype != np.uint8 or not fits or not len(array):
             raise UserError(
-                f"{path}: {name} is {array.dtype} {array.shape}", "give uint8, (N, H, W) or (N, H, W, 3), with H and W multiples of 8"
+                f"{path}: {name} is {array.dtype} {array.shape}",
+                "give uint8, (N, H, W) or (N, H, W, 3), with H and W multiples of 8",
             )
     return train, test

@@ -71,10 +71,15 @@ class Block:
     """
 
     def __init__(self, weight: Tensor, visible_bias: Tensor, hidden_bias: Tensor, context_weight: Tensor) -> None:
-        self.weight, self.visible_bias, self.hidden_bias, self.context_weight = weight, visible_bias, hidden_bias, context_weight
+        self.weight, self.visible_bias, self.hidden_bias, self.context_weight = (
+            weight,
+            visible_bias,
+            hidden_bias,
+            context_weight,
+        )
 
     def context_bias(self, context: Tensor) -> Tensor:
-        """b + g U, the hidden biases once the context is known; (T, B, G) -> (T, B, H)."""
+        """B + g U, the hidden biases once the context is known; (T, B, G) -> (T, B, H)."""
         return torch.baddbmm(self.hidden_bias.unsqueeze(1), context, self.context_weight)
 
     def hidden_logit(self, visible: Tensor, context_bias: Tensor) -> Tensor:
@@ -127,7 +132,12 @@ def sample_bits(logit: Tensor) -> Tensor:
 
 
 def contrastive_gradient(
-    block: Block, data: Tensor, context: Tensor, context_bias: Tensor, model: Tensor, gradients: tuple[Tensor, Tensor, Tensor, Tensor]
+    block: Block,
+    data: Tensor,
+    context: Tensor,
+    context_bias: Tensor,
+    model: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Gradient of -log p averaged over the batch: -(E_data[z s(.)'] - E_model[z s(.)']) and likewise for a, b and U.
 
@@ -193,7 +203,7 @@ def log_pseudo_likelihood(block: Block, visible: Tensor, context_bias: Tensor, f
 
 
 def log_partition(block: Block, context_bias: Tensor, field: Tensor, temperatures: int, particles: int = 1) -> Tensor:
-    """log of annealed importance weights whose mean is Z(z_t, g) = sum_z exp(-F(z; g) + field.z), in nats.
+    """Log of annealed importance weights whose mean is Z(z_t, g) = sum_z exp(-F(z; g) + field.z), in nats.
 
     The base is the factorised model with W = 0 and the field kept, so
     Z_0 = prod_i (1 + exp(a_i + field_i)) prod_j (1 + exp(b_j + (gU)_j)); at inverse temperature s, W becomes s W.
@@ -213,7 +223,7 @@ def log_partition(block: Block, context_bias: Tensor, field: Tensor, temperature
 
     Source: Neal (2001), Annealed Importance Sampling; Salakhutdinov and Murray (2008), On the quantitative analysis of DBNs.
     """
-    T, B, V = field.shape
+    T, B = field.shape[:2]
     context_bias = context_bias.expand(T, B, -1).repeat(1, particles, 1)
     logit = (field + block.visible_bias.unsqueeze(1)).repeat(1, particles, 1)  # (T, P B, V), a + field
     visible = sample_bits(logit.clone())
@@ -230,5 +240,5 @@ def log_partition(block: Block, context_bias: Tensor, field: Tensor, temperature
 
 
 def mean_log_weight(log_weights: Tensor) -> Tensor:
-    """log of the mean of exp(log_weights) over the first axis, the particles; (P, ...) -> (...)."""
+    """Log of the mean of exp(log_weights) over the first axis, the particles; (P, ...) -> (...)."""
     return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))

@@ -18,7 +18,13 @@ from trainbook.workflows.timestep_dbn.baselines import IndependentBits, Logistic
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, contrastive_gradient, log_pseudo_likelihood, negative_start
+from trainbook.workflows.timestep_dbn.rbm import (
+    Block,
+    ConditionalRBM,
+    contrastive_gradient,
+    log_pseudo_likelihood,
+    negative_start,
+)
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
 LOWEST_RATE = 0.1  # the cosine ends at this share of the learning rate
@@ -151,7 +157,9 @@ def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                 for block, view, chain, z, z_noisy, field, (context, bias) in zip(
                     blocks, views, chains, previous, noisy, fields(noisy, coupling), contexts, strict=True
                 ):
-                    model = block.gibbs(negative_start(config.negative_phase, chain, z_noisy, z), bias, field, config.gibbs_sweeps)
+                    model = block.gibbs(
+                        negative_start(config.negative_phase, chain, z_noisy, z), bias, field, config.gibbs_sweeps
+                    )
                     if config.negative_phase == "pcd":
                         chain.copy_(model)
                     contrastive_gradient(block, z, context, bias, model, tuple(tensor.grad for tensor in view))
@@ -199,7 +207,13 @@ def _begin_block(dbn: TimestepDBN, codes: list[Tensor], cumulative: Tensor, star
 
 @torch.no_grad()
 def _epoch_metrics(
-    dbn: TimestepDBN, blocks: list[Block], codes: dict[str, list[Tensor]], schedule: Any, start: int, stop: int, before: list[Tensor]
+    dbn: TimestepDBN,
+    blocks: list[Block],
+    codes: dict[str, list[Tensor]],
+    schedule: Any,
+    start: int,
+    stop: int,
+    before: list[Tensor],
 ) -> dict[str, Any]:
     """Per (timestep, level): reconstruction error, pseudo-likelihood, free-energy gap, update norm; and their means.
 
@@ -220,7 +234,12 @@ def _epoch_metrics(
     still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
-    named = {"reconstruction_error": errors, "pseudo_likelihood": likelihoods, "free_energy_gap": gaps, "update_norm": norms}
+    named = {
+        "reconstruction_error": errors,
+        "pseudo_likelihood": likelihoods,
+        "free_energy_gap": gaps,
+        "update_norm": norms,
+    }
     tables = {name: torch.stack(values, 1) for name, values in named.items()}  # (T, level)
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},

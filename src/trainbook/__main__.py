@@ -1,0 +1,224 @@
+"""The command line: list, show, run, resume, verify, report, compare, doctor."""
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from trainbook import __version__, catalog, report, runtime
+from trainbook.config import BaseConfig, allowed_values
+from trainbook.errors import RunFailed, UserError
+from trainbook.files import read_json
+from trainbook.records import BAD_INPUT, EXIT_CODES, find_run
+from trainbook.tables import Table
+
+DEFAULT_PRESET = "laptop"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 complete, 1 failed, 2 bad input, 3 stopped and resumable."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        _export(options)
+        return options.command(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return EXIT_CODES["failed"]
+
+
+def list_workflows(options: argparse.Namespace) -> int:
+    """What there is."""
+    print(
+        Table(
+            ["workflow", "what it trains", "presets"],
+            [[w.name, w.title, ", ".join(w.Config.PRESETS)] for w in _workflows()],
+        )
+    )
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """A workflow's fields and targets."""
+    workflow = catalog.load(options.name)
+    print(workflow.module.__doc__.strip(), end="\n\n")
+    rows = workflow.Config.from_preset(options.preset).rows()
+    print(
+        Table(
+            ["field", options.preset, "allowed", "meaning"],
+            [[name, value, allowed, text] for name, value, _, allowed, text in rows],
+        ),
+        end="\n\n",
+    )
+    targets = [[t.metric, f"{t.comparison} {t.value}", ", ".join(t.presets), t.source] for t in workflow.TARGETS]
+    print(Table(["metric", "target", "presets", "source"], targets))
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train: the notebook, headless."""
+    from trainbook.run import new_run_id
+
+    overrides = {name: value for name, value in vars(options).items() if name in catalog.load(options.name).Config.model_fields}
+    return _execute(
+        options.name,
+        options.preset,
+        overrides,
+        options.run_id or new_run_id(options.name, options.preset),
+        options.authentic,
+    )
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Continue a run where its newest checkpoint left it."""
+    folder = find_run(options.run, runtime.runs_folder())
+    saved = read_json(folder.config)
+    if folder.run_json.exists() and folder.summary()["status"] == "complete":
+        print(f"{folder.path.name} is complete: {folder.report}")
+        return 0
+    runtime.export(runs=str(folder.path.parent))
+    return _execute(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"])
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Recompute a run's metrics from its checkpoint and check every checksum."""
+    from trainbook.verification import verify_run
+
+    findings = verify_run(find_run(options.run, runtime.runs_folder()))
+    print(Table(["check", "recorded", "found", ""], [finding.row() for finding in findings]))
+    good = all(finding.well for finding in findings)
+    print("verified: the run is what it says" if good else "NOT verified: see the rows marked DIFFERS")
+    return 0 if good else EXIT_CODES["failed"]
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Write report.html anew."""
+    folder = find_run(options.run, runtime.runs_folder())
+    report.write(folder)
+    print(folder.report)
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Several runs side by side: status, where their configs differ, and metrics."""
+    folders = [find_run(name, runtime.runs_folder()) for name in options.runs]
+    print(report.comparison_table(folders))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Is this machine fit to train, and what to do if not."""
+    from trainbook.doctor import examine
+
+    findings = examine()
+    print(Table(["check", "found", "", "what to do"], [finding.row() for finding in findings]))
+    return 0 if all(finding.well for finding in findings) else EXIT_CODES["failed"]
+
+
+def _execute(name: str, preset: str, overrides: dict[str, Any], run_id: str, authentic: bool) -> int:
+    """Check everything that can be checked before a kernel is started, then run the notebook."""
+    from trainbook.execution import run_notebook
+    from trainbook.run import prepare
+
+    logging.getLogger("trainbook").setLevel(logging.ERROR)
+    prepared = prepare(name, preset, overrides, run_id, authentic)
+    code = run_notebook(
+        prepared.workflow,
+        prepared.folder,
+        {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
+    )
+    if prepared.folder.run_json.exists():
+        summary = prepared.folder.summary()
+        print(f"\n{summary['status']}: {summary['why']}\nrun     {prepared.folder.path}")
+        if prepared.folder.report.exists():
+            print(f"report  {prepared.folder.report}")
+        if summary["status"] != "complete":
+            print(f"resume  trainbook resume {run_id}")
+    return code
+
+
+def _workflows() -> list[catalog.Workflow]:
+    return [catalog.load(name) for name in catalog.names()]
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Hand the runtime's options to this process and the kernels it starts."""
+    given = {name: getattr(options, name, None) for name in ("device", "time_budget", "log_level")}
+    if given["time_budget"]:
+        runtime.parse_duration(given["time_budget"])
+    runtime.export(**given)
+
+
+def _add_config(parser: argparse.ArgumentParser, config: type[BaseConfig]) -> None:
+    """One option per config field; values stay text, the config class reads and checks them."""
+    for name, field in config.model_fields.items():
+        text = " ".join((field.description or "").split()).replace("%", "%%")
+        allowed = allowed_values(field)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text + (f" [{allowed}]" if allowed else ""),
+        )
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainbook", description="Train a workflow's notebook here, headless, and read what it measured."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Any, name: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
+        added.set_defaults(command=function)
+        return added
+
+    command(list_workflows, "list")
+    show_parser = command(show, "show")
+    show_parser.add_argument("name")
+    show_parser.add_argument("--preset", default=DEFAULT_PRESET)
+    run_parser = command(run, "run")
+    names = run_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    if arguments[:1] == ["run"]:
+        for workflow in _workflows():
+            one = names.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
+            one.add_argument(
+                "--preset",
+                default=DEFAULT_PRESET,
+                help=f"one of {', '.join(workflow.Config.PRESETS)} (default {DEFAULT_PRESET})",
+            )
+            one.add_argument(
+                "--run-id", default="", help="name of the run folder; an existing one of the same config is continued"
+            )
+            one.add_argument(
+                "--authentic",
+                action="store_true",
+                help="refuse synthetic data, data without a checksum and a changed kit",
+            )
+            _add_runtime(one)
+            _add_config(one, workflow.Config)
+    for function, name in ((resume, "resume"), (verify, "verify"), (write_report, "report")):
+        one = command(function, name)
+        one.add_argument("run", help="run id, or path of the run folder")
+        if name != "report":
+            _add_runtime(one)
+    compare_parser = command(compare, "compare")
+    compare_parser.add_argument("runs", nargs="+", help="run ids, or paths of run folders")
+    _add_runtime(command(doctor, "doctor"))
+    return parser
+
+
+def _add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
+    parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
+    parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

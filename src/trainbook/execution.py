@@ -1,0 +1,89 @@
+"""Runs a workflow's notebook headless, as Kaggle does. The only user of papermill and jupytext."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from trainbook.catalog import Workflow
+from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
+
+
+def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, Any]) -> int:
+    """Execute the workflow's notebook with its output shown here, and return the kit's exit code.
+
+    Ctrl-C and SIGTERM are passed on to the kernel that trains: it saves and stops, and the notebook runs to its end.
+    The executed notebook lands in the run folder once there is one; a run that never started leaves nothing.
+
+    Args:
+        workflow: what to run.
+        folder: its run folder; need not exist yet.
+        parameters: values of the notebook's `parameters` cell.
+
+    Returns:
+        0 complete, 1 failed, 2 bad input, 3 stopped and resumable; judged by run.json, not by papermill.
+    """
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    output = folder.path.parent / f".{folder.path.name}.ipynb"
+    errors: list[BaseException] = []
+
+    def execute() -> None:
+        try:
+            papermill.execute_notebook(
+                str(workflow.notebook),
+                str(output),
+                parameters,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                cwd=Path.cwd(),
+                extra_arguments=["--log-level=ERROR"],
+            )
+        except BaseException as error:
+            errors.append(error)
+
+    # In a thread, because nbclient answers Ctrl-C in the main thread by killing the kernel, and the last minute with it.
+    thread = threading.Thread(target=execute, daemon=True)
+    stop_requested = threading.Event()
+
+    def pass_on(number: int, frame: Any) -> None:
+        stop_requested.set()
+        if (process := folder.training_process()) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            if stop_requested.is_set() and not folder.run_json.exists():
+                break  # nothing has been trained yet, so there is nothing to wait for
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if output.exists():
+        if folder.path.exists():
+            output.replace(folder.notebook)
+        else:
+            output.unlink()
+    return _judge(folder, errors[0] if errors else None, stop_requested.is_set())
+
+
+def _judge(folder: RunFolder, error: BaseException | None, stop_requested: bool) -> int:
+    status = folder.summary()["status"] if folder.run_json.exists() else ""
+    if stop_requested and status in ("", "running", "stopped"):
+        return EXIT_CODES["stopped"]
+    if isinstance(error, PapermillExecutionError):
+        print(f"{error.ename}: {error.evalue}", file=sys.stderr)
+        if error.ename == "UserError":
+            return BAD_INPUT
+    elif error is not None:
+        print(f"the notebook could not be run: {error}", file=sys.stderr)
+    return EXIT_CODES["failed"] if error is not None else EXIT_CODES.get(status, EXIT_CODES["failed"])
