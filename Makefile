@@ -34,7 +34,7 @@ benchmarks: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "trainbook needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-pinned.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint requirements-pinned.txt --editable '.[test]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint requirements-pinned.txt --editable '.[test]'
 	touch $@
 
 # New pins for every supported Python, after a change of requirements.txt.

@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # `trainbook show NAME | head` has read enough
+        sys.stdout = None
+        return 0
     except RunFailed as error:
         print(error, file=sys.stderr)
         return EXIT_CODES["failed"]

@@ -90,4 +90,6 @@ def allowed_values(field: FieldInfo) -> str:
     high = f"{bounds['le']}" if "le" in bounds else f"< {bounds['lt']}" if "lt" in bounds else ""
     if low and high:
         return f"{low} to {high}"
-    return f"from {low}" if low else f"up to {high}" if high else "true, false" if field.annotation is bool else ""
+    if low or high:
+        return low if "gt" in bounds else f"from {low}" if low else f"up to {high}"
+    return "true, false" if field.annotation is bool else ""

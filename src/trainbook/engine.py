@@ -7,9 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -124,8 +125,8 @@ class Engine:
         measured, first_step, saved_step = -math.inf, state.step, -1
         with (
             StopSignals() as signals,
-            self.folder.metrics.open("ab") as metrics,
-            self.folder.system.open("a") as system,
+            self.folder.metrics.open("ab", buffering=0) as metrics,
+            self.folder.system.open("ab", buffering=0) as system,
             tqdm(
                 total=state.total_steps,
                 initial=state.step,
@@ -154,11 +155,8 @@ class Engine:
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS:
                         rate = (state.step - first_step) / max(now - started, 1e-9)
-                        json.dump(
-                            {"step": state.step, "seconds": now - started, "steps_per_second": rate, **monitor.read()},
-                            system,
-                        )
-                        system.write("\n")
+                        reading = {"step": state.step, "seconds": now - started, "steps_per_second": rate, **monitor.read()}
+                        self._write(system, [json.dumps(reading)])
                         measured = now
                 if save and saved_step != state.step:
                     self._save(metrics, state)
@@ -173,7 +171,7 @@ class Engine:
             return "the time budget is spent"
         return ""
 
-    def _flush(self, metrics: Any, state: TrainState, bar: tqdm) -> None:
+    def _flush(self, metrics: IO[bytes], state: TrainState, bar: tqdm) -> None:
         lines = []
         for step, stage, record in self._pending:
             values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in record.metrics.items()}
@@ -190,10 +188,10 @@ class Engine:
         self._pending.clear()
         self._write(metrics, lines)
 
-    def _write(self, metrics: Any, lines: list[str]) -> None:
+    def _write(self, file: IO[bytes], lines: list[str]) -> None:
         if lines:
-            metrics.write(("\n".join(lines) + "\n").encode())
-            metrics.flush()
+            with self._disk_errors_explained("the records"):
+                file.write(("\n".join(lines) + "\n").encode())
 
     def _explain_non_finite(self, step: int, stage: str, metrics: list[str], state: TrainState) -> str:
         tensors = state.non_finite_tensors()
@@ -203,16 +201,21 @@ class Engine:
         what = f"{', '.join(metrics)} became non-finite at step {step} of stage {stage!r}"
         return f"{what}; {where}; {last}. Lower the learning rate and start again."
 
-    def _save(self, metrics: Any, state: TrainState) -> None:
+    def _save(self, metrics: IO[bytes], state: TrainState) -> None:
         if bad := state.non_finite_tensors():
             raise RunFailed(self._explain_non_finite(state.step, state.stage, bad, state))
-        os.fsync(metrics.fileno())
-        try:
+        with self._disk_errors_explained(f"the checkpoint of step {state.step}"):
+            os.fsync(metrics.fileno())
             save_checkpoint(self.folder.checkpoints, state, {"records_bytes": metrics.tell()}, self.keep)
+
+    @contextmanager
+    def _disk_errors_explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RunFailed(
-                f"the checkpoint of step {state.step} cannot be written: {error.strerror or error}. "
-                f"Earlier ones are whole: free some space, then `trainbook resume {self.folder.path.name}`."
+                f"{what} cannot be written: {error.strerror or error}. "
+                f"Earlier checkpoints are whole: free some space, then `trainbook resume {self.folder.path.name}`."
             ) from error
 
 

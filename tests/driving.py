@@ -1,0 +1,136 @@
+"""Runs a workflow in a child process, where it can be killed, and compares what two runs left behind."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainbook import runtime
+from trainbook.records import RunFolder
+from trainbook.run import prepare
+from trainbook.state import STATE_FILE
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(
+    [
+        "tests.driving",
+        "torch._dynamo",  # the first optimizer of a process imports it, for seconds
+        "trainbook.workflows.timestep_dbn.training",
+        "trainbook.workflows.timestep_dbn.images",
+    ]
+)
+
+# Every stage has some hundred quick steps, two blocks of timesteps, and epochs that end inside a stage.
+SMALL_DBN = {
+    "max_train_images": 128,
+    "autoencoder_epochs": 20,
+    "epochs_per_timestep": 12,
+    "baseline_epochs": 20,
+    "autoencoder_width": 8,
+    "code_channels": (2, 2, 4),
+    "hidden_units": (12, 8, 8),
+    "block_size": 2,
+}
+STAGES = {"autoencoder": (1, 80), "chain": (81, 176), "baselines": (177, 256)}  # first and last step of SMALL_DBN
+
+
+@dataclass(frozen=True)
+class Drive:
+    """One training session in a child process.
+
+    Attributes:
+        signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later.
+        file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
+    """
+
+    runs: Path
+    run_id: str
+    overrides: dict[str, Any] = field(default_factory=lambda: SMALL_DBN)
+    workflow: str = "timestep_dbn"
+    checkpoint_seconds: float = 0.1
+    signal_step: int = -1
+    signal_number: int = signal.SIGKILL
+    delay: float = 0.0
+    file_limit: int = 0
+    time_budget: str = ""
+
+    def __call__(self) -> int:
+        """Start the child, wait for it, and return its exit code (negative: the signal that ended it)."""
+        child = CHILDREN.Process(target=_session, args=(self,))
+        child.start()
+        child.join()
+        return child.exitcode
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.runs / self.run_id)
+
+
+def _session(drive: Drive) -> None:
+    torch.set_num_threads(1)
+    os.environ[runtime.TIME_BUDGET] = drive.time_budget
+    os.environ[runtime.RUNS] = str(drive.runs)
+    run = prepare(drive.workflow, "smoke", drive.overrides, drive.run_id)
+    run.load_data()
+    run.build()
+    run.workflow = _Disturbed(run.workflow, drive)
+    run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
+
+
+class _Disturbed:
+    """A workflow whose training is hit by a signal or a full disk at a chosen step."""
+
+    def __init__(self, workflow: Any, drive: Drive) -> None:
+        self._workflow, self._drive = workflow, drive
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workflow, name)
+
+    def train(self, config: Any, data: Any, state: Any) -> Any:
+        for record in self._workflow.train(config, data, state):
+            if state.step == self._drive.signal_step:
+                if self._drive.file_limit:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (self._drive.file_limit, resource.RLIM_INFINITY))
+                else:
+                    threading.Timer(self._drive.delay, os.kill, (os.getpid(), self._drive.signal_number)).start()
+            yield record
+
+
+def checkpoints(folder: RunFolder) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.checkpoints.iterdir() if path.name.isdigit())
+
+
+def final_state(folder: RunFolder) -> dict[str, Any]:
+    """The state in a run's newest checkpoint."""
+    return torch.load(checkpoints(folder)[-1] / STATE_FILE, weights_only=True)
+
+
+def assert_identical(a: Any, b: Any, where: str = "state") -> None:
+    """Fail unless two nested states hold the same keys and bit-identical tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    """Fail unless two runs left byte-identical records and bit-identical weights and optimizers."""
+    assert one.metrics.read_bytes() == other.metrics.read_bytes()
+    assert_identical(final_state(one), final_state(other))

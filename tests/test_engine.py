@@ -1,0 +1,135 @@
+"""The engine's loop: guards, milestones, records, seeds."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from trainbook.engine import Engine, seed_step
+from trainbook.errors import RunFailed
+from trainbook.records import Record, RunFolder
+from trainbook.state import TrainState
+
+
+def make(tmp_path, **options):
+    state = TrainState({"net": nn.Linear(2, 1)}, total_steps=10, stage="only")
+    return Engine(RunFolder(tmp_path), "cpu", seed=3, progress=False, **options), state
+
+
+def steps(state, metrics=lambda step: {"loss": torch.tensor(1.0)}, milestones=()):
+    while state.step < state.total_steps:
+        state.step += 1
+        yield Record(metrics(state.step), milestone=state.step in milestones)
+
+
+def saved(engine):
+    return sorted(int(path.name) for path in engine.folder.checkpoints.glob("[0-9]*"))
+
+
+def test_follows_to_the_end_and_saves_there(tmp_path):
+    engine, state = make(tmp_path)
+    outcome = engine.follow(steps(state), state)
+    assert (outcome.status, saved(engine)) == ("complete", [10])
+    assert [record["step"] for record in engine.folder.history()] == list(range(1, 11))
+
+
+def test_milestones_are_saved(tmp_path):
+    engine, state = make(tmp_path, keep=10)
+    engine.follow(steps(state, milestones=(3, 7)), state)
+    assert saved(engine) == [3, 7, 10]
+
+
+def test_checkpoints_follow_the_clock(tmp_path):
+    engine, state = make(tmp_path, keep=100, checkpoint_seconds=0.05)
+
+    def slow():
+        for record in steps(state):
+            time.sleep(0.03)
+            yield record
+
+    engine.follow(slow(), state)
+    assert 3 <= len(saved(engine)) <= 6  # 0.3 s of steps, one save every second step
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrap", [torch.tensor, lambda value: [[1.0, value]], float])
+def test_a_non_finite_record_stops_with_step_and_last_good_checkpoint(bad, wrap, tmp_path):
+    engine, state = make(tmp_path)
+    records = steps(state, lambda step: {"fine": 1.0, "loss": wrap(bad if step == 8 else 1.0)}, milestones=(5,))
+    with pytest.raises(RunFailed, match=r"loss became non-finite at step 8 of stage 'only'.*last good checkpoint is step 5"):
+        engine.follow(records, state)
+    assert saved(engine) == [5]
+    assert [record["step"] for record in engine.folder.history()] == list(range(1, 8))
+
+
+def test_non_finite_weights_are_never_saved_even_when_no_record_shows_them(tmp_path):
+    engine, state = make(tmp_path)
+
+    def poison(step):
+        if step == 8:
+            state.modules["net"].bias.data.fill_(math.inf)
+        return {}
+
+    with pytest.raises(RunFailed, match=r"net\.bias became non-finite at step 10.*last good checkpoint is step 5"):
+        engine.follow(steps(state, poison, milestones=(5,)), state)
+    assert saved(engine) == [5]
+
+
+def test_a_step_that_is_not_counted_is_refused(tmp_path):
+    engine, state = make(tmp_path)
+    with pytest.raises(RunFailed, match=r"advance state\.step by one"):
+        engine.follow(iter([Record()]), state)
+
+
+def test_restore_cuts_records_back_to_the_checkpoint(tmp_path):
+    engine, state = make(tmp_path)
+    engine.follow(steps(state), state)
+    size = engine.folder.metrics.stat().st_size
+    with engine.folder.metrics.open("a") as file:
+        file.write(json.dumps({"step": 11, "stage": "only", "loss": 1.0}) + "\n")
+    engine, fresh = make(tmp_path)
+    assert engine.restore(fresh) == 10
+    assert engine.folder.metrics.stat().st_size == size
+
+
+def test_restore_refuses_when_records_were_lost(tmp_path):
+    engine, state = make(tmp_path)
+    engine.follow(steps(state), state)
+    engine.folder.metrics.write_text("")
+    with pytest.raises(RunFailed, match="records were lost"):
+        engine.restore(state)
+
+
+def test_a_record_without_metrics_writes_no_line(tmp_path):
+    engine, state = make(tmp_path)
+    engine.follow(steps(state, lambda step: {"loss": 0.5} if step == 4 else {}), state)
+    assert engine.folder.history() == [{"step": 4, "stage": "only", "loss": 0.5}]
+
+
+def test_every_step_is_seeded_by_seed_and_step_alone(tmp_path):
+    def numbers(first, seed):
+        engine, state = make(tmp_path / f"{first} {seed}")
+        engine.seed, state.step = seed, first
+        engine.folder.path.mkdir()
+        engine.follow(steps(state, lambda step: {"x": torch.rand(())}), state)
+        return [record["x"] for record in engine.folder.history()]
+
+    whole = numbers(0, 3)
+    assert numbers(6, 3) == whole[6:]
+    assert numbers(0, 4) != whole
+    assert len(set(whole)) == 10
+
+
+def test_seed_step_reaches_dropout():
+    ones = torch.ones(1000)
+    seed_step(1, 5)
+    a = torch.dropout(ones, 0.5, True)
+    seed_step(1, 5)
+    b = torch.dropout(ones, 0.5, True)
+    seed_step(1, 6)
+    c = torch.dropout(ones, 0.5, True)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
