@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/trainbook run timestep_dbn --preset laptop
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o addopts="-ra --strict-markers"

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables"},
-    {"state", "data", "records", "plots", "monitor"},
+    {"state", "data", "records", "plots", "monitor", "layers"},
     {"engine"},
     {"workflows"},
     {"catalog"},

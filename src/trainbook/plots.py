@@ -90,22 +90,25 @@ def heatmap(
     axes.figure.colorbar(picture, ax=axes, label=unit)
 
 
-def bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
-    title: str,
-    unit: str,
-    errors: Sequence[float] | None = None,
-) -> None:
-    """Draw horizontal bars with their values written beside them; the first bar is ours and darker."""
-    positions = np.arange(len(names))[::-1]
-    colors = ["C0"] + ["0.7"] * (len(names) - 1)
-    axes.barh(positions, values, xerr=errors, color=colors, capsize=3)
-    for position, value in zip(positions, values, strict=True):
-        axes.annotate(f"{value:.3g}", (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(positions, names)
-    axes.set(title=title, xlabel=unit)
+def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
+    """One panel per metric: a bar for everybody who has it, with its standard error where that was measured.
+
+    Args:
+        metrics: "<who>/<metric>" to number; "<who>/<metric>_standard_error" gives the error bar.
+        names: the metrics to show.
+    """
+    figure, axes = new_figure(len(names), width=4.6, height=2.6)
+    for panel, name in zip(axes[0], names, strict=True):
+        who = [key.rpartition("/")[0] for key in metrics if key.rpartition("/")[2] == name]
+        values = [metrics[f"{one}/{name}"] for one in who]
+        errors = [metrics.get(f"{one}/{name}_standard_error", 0.0) for one in who]
+        positions = np.arange(len(who))[::-1]
+        panel.barh(positions, values, xerr=errors if any(errors) else None, color=["C0"] + ["0.75"] * (len(who) - 1), capsize=3)
+        for position, value in zip(positions, values, strict=True):
+            panel.annotate(f"{value:.3g}", (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        panel.set_yticks(positions, [one.replace("_", " ") for one in who])
+        panel.set_title(name.replace("_", " "), fontsize=10)
+    return figure
 
 
 def record_curves(history: list[dict[str, Any]]) -> Figure:

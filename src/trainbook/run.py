@@ -279,6 +279,9 @@ class Run:
             self.summary["metrics"] = self.measure()
         self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
+        compared = dict.fromkeys(t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str))
+        if compared:
+            self._show({"baselines": plots.baseline_bars(self.summary["metrics"], list(compared))})
         return report.verdict_table(self.summary["verdicts"])
 
     def measure(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 The only module that reads or writes environment variables or asks which platform this is.
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -103,6 +104,16 @@ def calm_threads() -> None:
     By default they spin. Where another process holds one of two cores, spinning made small steps 100 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """The CPU's vendor id, such as "GenuineIntel" or "AuthenticAMD"; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def runs_folder() -> Path:

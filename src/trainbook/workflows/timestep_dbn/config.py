@@ -68,7 +68,7 @@ class Config(BaseConfig):
     """Images per step, in every stage."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """How the RBMs follow the contrastive gradient."""
-    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    learning_rate: float = Field(default=5e-3, gt=0, le=10)
     """Rate of the RBMs' optimizer, lowered to a tenth by a cosine within each block."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
@@ -82,7 +82,7 @@ class Config(BaseConfig):
     """Ancestral samples drawn at the end."""
     evaluation_images: int = Field(default=256, ge=8)
     """Held-out images that likelihoods and bit errors are measured on, at most."""
-    ais_temperatures: int = Field(default=200, ge=2)
+    ais_temperatures: int = Field(default=500, ge=2)
     """Intermediate distributions of annealed importance sampling."""
 
     @model_validator(mode="after")

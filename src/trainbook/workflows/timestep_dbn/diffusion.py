@@ -74,9 +74,8 @@ def flip(bits: Tensor, probability: Tensor) -> Tensor:
     Returns:
         The shape that both broadcast to, values in {0, 1}.
     """
-    shape = torch.broadcast_shapes(bits.shape, probability.shape)
-    flipped = (torch.rand(shape, device=bits.device) < probability).to(bits.dtype)
-    return (bits - flipped).abs()
+    noise = torch.rand(torch.broadcast_shapes(bits.shape, probability.shape), dtype=bits.dtype, device=bits.device)
+    return torch.lt(noise, probability, out=noise).sub_(bits).abs_()
 
 
 def posterior_probability(noisy: Tensor, clean: Tensor, beta: Tensor, previous_cumulative: Tensor) -> Tensor:

@@ -8,28 +8,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainbook.data import Data
-from trainbook.plots import bars, heatmap, image_grid, new_figure
+from trainbook.plots import heatmap, image_grid, new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
-from trainbook.workflows.timestep_dbn.evaluation import (
-    bit_errors,
-    likelihoods,
-    reverse_steps,
-    sample_trajectory,
-    start_timestep,
-)
+from trainbook.workflows.timestep_dbn.evaluation import bit_errors, reverse_steps, sample_trajectory, start_timestep
 from trainbook.workflows.timestep_dbn.training import CHAIN
 
 GRID = 10  # images per row
 LEVEL_NAMES = ("fine", "middle", "coarse")
-NAMES = {
-    "chain": "DBN chain",
-    "monolithic_rbm": "monolithic RBM",
-    "logistic_chain": "logistic chain",
-    "independent_bits": "independent bits",
-}
+NAMES = {"chain": "DBN chain", "logistic_chain": "logistic chain", "independent_bits": "independent bits"}
 
 
 def draw_data(config: Config, data: Data) -> dict[str, Figure]:
@@ -41,7 +30,7 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 
 @torch.no_grad()
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Reconstructions, schedule, samples over t, convergence, free-energy gap, bit errors, baselines."""
+    """Reconstructions, schedule, samples over t, convergence, free-energy gap, bit errors."""
     device = data.test["images"].device
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
     test = encode_all(state.modules["autoencoder"], data.test["images"][: config.evaluation_images])
@@ -53,7 +42,6 @@ def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, 
         "convergence": draw_convergence(config, epochs),
         "free_energy_gap": draw_gap(config, epochs),
         "bit_error": draw_bit_errors(bit_errors(config, state, test, schedule), start_timestep(schedule), schedule),
-        "baselines": draw_baselines(likelihoods(config, state, test, schedule)),
     }
 
 
@@ -199,22 +187,4 @@ def draw_bit_errors(errors: dict[str, list[float]], start: int, schedule: FlipSc
         ylim=(0, None),
     )
     axes[0, 0].legend(fontsize=8)
-    return figure
-
-
-def draw_baselines(metrics: dict[str, float]) -> Figure:
-    """-ln p of held-out codes per bit, ours first, with one standard error."""
-    figure, axes = new_figure(width=6.4, height=2.4)
-    values = [metrics[f"{who}/nats_per_bit"] for who in NAMES]
-    errors = [metrics[f"{who}/nats_per_bit_standard_error"] for who in NAMES]
-    bars(
-        axes[0, 0],
-        list(NAMES.values()),
-        values,
-        "held-out code length (shorter is better)",
-        "nats per bit, bar: one standard error over images",
-        errors,
-    )
-    axes[0, 0].axvline(np.log(2), color="0.5", linestyle=":")
-    axes[0, 0].annotate("fair coins", (np.log(2), -0.45), fontsize=7, ha="right", color="0.4")
     return figure

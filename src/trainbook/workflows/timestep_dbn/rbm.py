@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-INITIAL_WEIGHT = 0.02
+from trainbook.layers import product
+
+INITIAL_INPUT = 0.25  # standard deviation of what a unit receives from all others at the start, before any learning
 
 
 class ConditionalRBM(nn.Module):
@@ -33,10 +35,11 @@ class ConditionalRBM(nn.Module):
 
     def __init__(self, timesteps: int, visible_units: int, hidden_units: int, context_units: int, num_chains: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(INITIAL_WEIGHT * torch.randn(timesteps, visible_units, hidden_units))
+        scale = INITIAL_INPUT / math.sqrt(max(visible_units, hidden_units))
+        self.weight = nn.Parameter(scale * torch.randn(timesteps, visible_units, hidden_units))
         self.visible_bias = nn.Parameter(torch.zeros(timesteps, visible_units))
         self.hidden_bias = nn.Parameter(torch.zeros(timesteps, hidden_units))
-        self.context_weight = nn.Parameter(INITIAL_WEIGHT * torch.randn(timesteps, context_units, hidden_units))
+        self.context_weight = nn.Parameter(scale * torch.randn(timesteps, context_units, hidden_units))
         self.register_buffer("chains", torch.bernoulli(torch.full((timesteps, num_chains, visible_units), 0.5)))
 
     @torch.no_grad()
@@ -80,15 +83,16 @@ class Block:
 
     def context_bias(self, context: Tensor) -> Tensor:
         """B + g U, the hidden biases once the context is known; (T, B, G) -> (T, B, H)."""
-        return torch.baddbmm(self.hidden_bias.unsqueeze(1), context, self.context_weight)
+        bias = self.hidden_bias.unsqueeze(1)
+        return product(context, self.context_weight).add_(bias) if context.shape[2] else bias
 
     def hidden_logit(self, visible: Tensor, context_bias: Tensor) -> Tensor:
         """Log odds of P(h_j = 1 | z, g) = s(b + zW + gU)_j; (T, B, V), (T, B, H) -> (T, B, H)."""
-        return torch.baddbmm(context_bias, visible, self.weight)
+        return product(visible, self.weight).add_(context_bias)
 
     def visible_logit(self, hidden: Tensor, field: Tensor) -> Tensor:
         """Log odds of P(z_i = 1 | h, z_t) = s(a + hW' + Gamma_t (2 z_t - 1))_i; (T, B, H), (T, B, V) -> (T, B, V)."""
-        return torch.baddbmm(field + self.visible_bias.unsqueeze(1), hidden, self.weight.transpose(1, 2))
+        return product(hidden, self.weight.transpose(1, 2)).add_(field).add_(self.visible_bias.unsqueeze(1))
 
     def free_energy(self, visible: Tensor, context_bias: Tensor) -> Tensor:
         """F(z; g) = -a.z - sum_j softplus(b_j + (zW)_j + (gU)_j), in nats, without the field.
@@ -124,11 +128,11 @@ class Block:
 
 
 def sample_bits(logit: Tensor) -> Tensor:
-    """Bits with P(1) = sigmoid(logit); the logit's memory is overwritten.
+    """Bits with P(1) = sigmoid(logit), written over the logit.
 
     `rand < p` costs 17 ns a bit on one core where `torch.bernoulli` costs 24.
     """
-    return (torch.rand_like(logit) < logit.sigmoid_()).to(logit.dtype)
+    return torch.lt(torch.rand_like(logit), logit.sigmoid_(), out=logit)
 
 
 def contrastive_gradient(
@@ -153,19 +157,18 @@ def contrastive_gradient(
 
     Source: Hinton (2002), Training Products of Experts; Tieleman (2008) for persistent chains.
     """
-    scale = -1.0 / data.shape[1]
+    T, B = data.shape[:2]
     weight, visible_bias, hidden_bias, context_weight = gradients
-    batch = data.shape[1]
     visible = torch.cat([data, model], 1)  # (T, 2B, V)
-    bias = context_bias.repeat(1, 2, 1) if context_bias.shape[1] > 1 else context_bias
-    hidden = block.hidden_logit(visible, bias).sigmoid_()  # (T, 2B, H)
-    hidden[:, batch:].neg_()
-    torch.baddbmm(weight, visible.transpose(1, 2), hidden, beta=0, alpha=scale, out=weight)
-    difference = hidden[:, :batch] + hidden[:, batch:]  # (T, B, H)
-    torch.sum(difference, 1, out=hidden_bias).mul_(scale)
-    torch.sum(data - model, 1, out=visible_bias).mul_(scale)
+    hidden = product(visible, block.weight)  # (T, 2B, H)
+    hidden.view(T, 2, B, -1).add_(context_bias.unsqueeze(1)).sigmoid_()
+    hidden[:, :B].mul_(-1 / B)
+    hidden[:, B:].mul_(1 / B)
+    product(visible.transpose(1, 2), hidden, out=weight)
+    torch.sum(hidden, 1, out=hidden_bias)
+    torch.sub(model.sum(1), data.sum(1), out=visible_bias).mul_(1 / B)
     if context.shape[2]:
-        torch.baddbmm(context_weight, context.transpose(1, 2), difference, beta=0, alpha=scale, out=context_weight)
+        product(context.transpose(1, 2), hidden[:, :B] + hidden[:, B:], out=context_weight)
 
 
 def negative_start(kind: Literal["pcd", "recovery", "cd"], chains: Tensor, noisy: Tensor, data: Tensor) -> Tensor:
@@ -230,12 +233,12 @@ def log_partition(block: Block, context_bias: Tensor, field: Tensor, temperature
     log_weight = softplus(logit).sum(-1) + softplus(context_bias).sum(-1)  # log Z_0
     transposed = block.weight.transpose(1, 2)
     for k in range(1, temperatures + 1):
-        product = torch.bmm(visible, block.weight)  # zW
+        weighted = product(visible, block.weight)  # zW
         cooler, warmer = k / temperatures, (k - 1) / temperatures
-        log_weight += (softplus(context_bias + cooler * product) - softplus(context_bias + warmer * product)).sum(-1)
+        log_weight += (softplus(context_bias + cooler * weighted) - softplus(context_bias + warmer * weighted)).sum(-1)
         if k < temperatures:
-            hidden = sample_bits(torch.add(context_bias, product, alpha=cooler))
-            visible = sample_bits(torch.baddbmm(logit, hidden, transposed, alpha=cooler))
+            hidden = sample_bits(torch.add(context_bias, weighted, alpha=cooler))
+            visible = sample_bits(torch.add(logit, product(hidden, transposed), alpha=cooler))
     return log_weight.view(T, particles, B).transpose(0, 1)
 
 
