@@ -77,7 +77,7 @@ class BinaryAutoencoder(nn.Module):
 
 def straight_through(probability: Tensor, bits: Tensor) -> Tensor:
     """The bits in the forward pass, the probability's gradient in the backward pass."""
-    return bits + probability - probability.detach()
+    return bits + (probability - probability.detach())  # the bracket is exactly 0
 
 
 def autoencoder_loss(

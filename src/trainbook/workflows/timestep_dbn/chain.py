@@ -119,7 +119,7 @@ def reverse_step(dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: Fl
 
 @torch.no_grad()
 def bound(dbn: TimestepDBN, clean: Sequence[Tensor], schedule: FlipSchedule, temperatures: int) -> Tensor:
-    """Upper bound on -log p(z_0) of each sample, estimated with one trajectory each, in nats.
+    """Upper bound on -log p(z_0) of each sample, estimated with one drawn transition per timestep, in nats.
 
     -log p(z_0) <= KL(q(z_T | z_0) || U) + sum_t E[-log p_t(z_{t-1} | z_t) - H(q(z_{t-1} | z_t, z_0))], with
     -log p_t = F - field.z + log Z(z_t), log Z by annealed importance sampling.

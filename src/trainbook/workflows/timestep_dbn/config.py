@@ -33,8 +33,8 @@ class Config(BaseConfig):
 
     code_channels: tuple[int, int, int] = (4, 8, 32)
     """Bits per position on the three levels, at 1/2, 1/4 and 1/8 of the image's width."""
-    autoencoder_width: int = Field(default=64, ge=4, le=1024)
-    """Channels of the autoencoder's convolutions."""
+    autoencoder_width: int = Field(default=64, ge=4, le=1024, multiple_of=4)
+    """Channels of the autoencoder's convolutions, a multiple of 4."""
     autoencoder_epochs: int = Field(default=60, ge=1)
     """Passes over the training images for the binary autoencoder."""
     autoencoder_learning_rate: float = Field(default=2e-3, gt=0, le=1)
@@ -75,6 +75,8 @@ class Config(BaseConfig):
 
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the monolithic RBM and the factorised logistic step."""
+    baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    """Adam's rate for the factorised logistic step, lowered to a tenth by a cosine."""
 
     sampling_sweeps: int = Field(default=20, ge=1)
     """Gibbs sweeps per reverse step when sampling."""

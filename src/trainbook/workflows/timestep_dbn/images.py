@@ -1,5 +1,7 @@
 """Images of a timestep-specific DBN run: embedded digits, CIFAR-10 airplanes, or the user's own file."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from trainbook.runtime import Runtime
 from trainbook.workflows.timestep_dbn.config import Config
 
 VALID_SHARE, TEST_SHARE = 0.15, 0.2
+MIN_IMAGES = 16  # of each split in a user's file, so that every part of the report has something to show
 AIRPLANE = 0  # CIFAR-10's class index
 
 
@@ -91,15 +94,18 @@ def _airplanes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
             train, test = arrays["train"], arrays["test"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read images from {path}: {error}", "give a .npz with uint8 arrays train and test") from None
     for name, array in (("train", train), ("test", test)):
         fits = array.ndim in (3, 4) and array.shape[3:] in ((), (3,)) and not any(size % 8 for size in array.shape[1:3])
-        if array.dtype != np.uint8 or not fits or not len(array):
+        if array.dtype != np.uint8 or not fits or len(array) < MIN_IMAGES:
             raise UserError(
                 f"{path}: {name} is {array.dtype} {array.shape}",
-                "give uint8, (N, H, W) or (N, H, W, 3), with H and W multiples of 8",
+                f"give at least {MIN_IMAGES} images as uint8, (N, H, W) or (N, H, W, 3), with H and W multiples of 8",
             )
+    if train.shape[1:] != test.shape[1:]:
+        raise UserError(f"{path}: train images are {train.shape[1:]}, test images {test.shape[1:]}", "give both one size")
     return train, test

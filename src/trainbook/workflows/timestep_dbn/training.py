@@ -85,7 +85,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
         "autoencoder": torch.optim.Adam(modules["autoencoder"].parameters(), lr=config.autoencoder_learning_rate),
         "dbn": rbm_optimizer(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
         "monolithic_rbm": rbm_optimizer(config, [rbm_views(modules["monolithic_rbm"], 0, 1)]),
-        "logistic_chain": torch.optim.Adam(modules["logistic_chain"].parameters(), lr=config.learning_rate),
+        "logistic_chain": torch.optim.Adam(modules["logistic_chain"].parameters(), lr=config.baseline_learning_rate),
     }
     return TrainState(modules, optimizers, total_steps=plan.total_steps, stage=AUTOENCODER)
 
@@ -264,8 +264,8 @@ def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, pla
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
         batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
-        for name in ("monolithic_rbm", "logistic_chain"):
-            _set_rate(state.optimizers[name], cosine_rate(config.learning_rate, step, plan.baseline_steps))
+        _set_rate(optimizer, cosine_rate(config.learning_rate, step, plan.baseline_steps))
+        _set_rate(state.optimizers["logistic_chain"], cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps))
         with torch.no_grad():
             bias = block.context_bias(context)
             rbm.chains.copy_(block.gibbs(rbm.chains, bias, field, config.gibbs_sweeps))
