@@ -44,6 +44,7 @@ from trainbook.workflows.timestep_dbn.rbm import (
     log_partition,
     log_pseudo_likelihood,
     mean_log_weight,
+    reverse_log_partition,
 )
 from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_optimizer, rbm_views, train
 
@@ -345,6 +346,22 @@ def test_annealed_weights_are_unbiased_for_the_enumerated_partition(temperatures
     assert ((weights.mean(0) - 1).abs() < 4 * standard_error).all()
     assert (log_weights.mean(0) < exact).all()  # Jensen: the flattering direction that the docstring states
     torch.testing.assert_close(mean_log_weight(log_weights) - exact, weights.mean(0).log(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("temperatures", [1, 3, 30])
+def test_reverse_annealing_from_exact_samples_is_unbiased_for_the_inverse_ratio_and_lies_above(temperatures):
+    case, particles = random_case(scale=0.7), 40_000
+    for t, b in ((0, 0), (1, 2)):
+        joint = case.log_joint(t, b)
+        exact = joint.logsumexp((0, 1))
+        drawn = torch.multinomial((joint.logsumexp(1) - exact).exp(), particles, replacement=True)
+        one = repeat_timestep(case.block, t, 1)
+        bias, field = case.context_bias[t : t + 1, b : b + 1], case.field[t : t + 1, b : b + 1]
+        sample, many = all_bits(5)[drawn].unsqueeze(0), field.expand(1, particles, -1)
+        log_weights = reverse_log_partition(one, bias.expand(1, particles, -1), many, temperatures, sample)[0]
+        inverse = (exact - log_weights).exp()  # mean Z / Z = 1
+        assert (inverse.mean() - 1).abs() < 4 * inverse.std() / math.sqrt(particles) < 0.2
+        assert log_weights.mean() > exact
 
 
 def test_more_temperatures_narrow_the_annealed_weights():
@@ -656,7 +673,7 @@ def stripes():
     """A chain of 4 steps and its baselines, trained equally long on bars and stripes: config, state, patterns."""
     config = Config(
         timesteps=4, hidden_units=(16, 16, 4), autoencoder_epochs=1, epochs_per_timestep=250, baseline_epochs=250,
-        batch_size=28, learning_rate=0.05, gibbs_sweeps=3, ais_temperatures=100, sampling_sweeps=40,
+        batch_size=28, learning_rate=0.05, baseline_learning_rate=0.05, weight_decay=1e-4, gibbs_sweeps=3, ais_temperatures=100, sampling_sweeps=40,
     )  # fmt: skip
     patterns = bars_and_stripes()
     data = bits_data(patterns.repeat(20, 1), patterns, patterns)
@@ -822,9 +839,9 @@ def test_monolithic_likelihood_matches_enumeration_and_its_size_is_as_asked():
     W, a, b = (tensor[0].detach().to(DOUBLE) for tensor in (rbm.weight, rbm.visible_bias, rbm.hidden_bias))
     states = all_bits(6)
     exact = -torch.log_softmax(states @ a + torch.log1p((b + states @ W).exp()).sum(1), 0)
-    actual = monolithic_negative_log_likelihood(rbm, states.float(), temperatures=100, particles=2000)
-    assert actual.shape == (64,)
-    torch.testing.assert_close(actual.to(DOUBLE), exact, rtol=0, atol=0.03)  # one log Z for all: 2000 weights of spread < 0.3
+    for sweeps in (0, 30):  # annealed forwards, and backwards from samples
+        actual = monolithic_negative_log_likelihood(rbm, states.float().repeat(32, 1), 100, sweeps)[:64]
+        torch.testing.assert_close(actual.to(DOUBLE), exact, rtol=0, atol=0.03)  # one log Z: 2048 weights of spread < 0.3
 
 
 # ------------------------------------------------------------------------- note 2.9, item 9: batched over timesteps

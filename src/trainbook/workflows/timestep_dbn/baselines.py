@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip
-from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_partition, mean_log_weight
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_partition, mean_log_weight, reverse_log_partition
 
 
 class LogisticChain(nn.Module):
@@ -82,9 +82,20 @@ def monolithic_rbm(num_bits: int, num_parameters: int, num_chains: int) -> Condi
 
 
 @torch.no_grad()
-def monolithic_negative_log_likelihood(rbm: ConditionalRBM, bits: Tensor, temperatures: int, particles: int) -> Tensor:
-    """-log p(z) = F(z) + log Z with log Z by annealed importance sampling; (B, V) -> (B,), in nats."""
-    block = rbm.block(0, 1)
-    bias = block.context_bias(bits.new_zeros(1, 1, 0))
-    log_z = mean_log_weight(log_partition(block, bias, bits.new_zeros(1, 1, bits.shape[1]), temperatures, particles))
-    return block.free_energy(bits.unsqueeze(0), bias).squeeze(0) + log_z.squeeze()
+def monolithic_negative_log_likelihood(rbm: ConditionalRBM, bits: Tensor, temperatures: int, sweeps: int = 0) -> Tensor:
+    """-log p(z) = F(z) + log Z with log Z by annealed importance sampling; (B, V) -> (B,), in nats.
+
+    Args:
+        rbm: the monolithic RBM.
+        bits: (B, V).
+        temperatures: of the annealing, with as many particles as there are bits' rows.
+        sweeps: as in `chain.bound`.
+    """
+    block, field = rbm.block(0, 1), torch.zeros_like(bits).unsqueeze(0)
+    bias = block.context_bias(field[..., :0])
+    if sweeps:
+        log_weights = reverse_log_partition(block, bias, field, temperatures, block.gibbs(bits.unsqueeze(0), bias, field, sweeps))
+        log_z = -mean_log_weight(-log_weights.squeeze(0))
+    else:
+        log_z = mean_log_weight(log_partition(block, bias, field, temperatures).squeeze())
+    return block.free_energy(bits.unsqueeze(0), bias).squeeze(0) + log_z

@@ -19,6 +19,7 @@ class Config(BaseConfig):
         "laptop": {},
         "full": {
             "dataset": "cifar10_airplane", "timesteps": 50, "batch_size": 32, "epochs_per_timestep": 100, "gibbs_sweeps": 1,
+            "learning_rate": 2e-3,
             "code_channels": (4, 8, 16), "hidden_units": (512, 256, 256), "autoencoder_epochs": 100, "autoencoder_width": 96,
             "baseline_epochs": 20, "ais_temperatures": 1000,
         },
@@ -68,15 +69,15 @@ class Config(BaseConfig):
     """Images per step, in every stage."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """How the RBMs follow the contrastive gradient."""
-    learning_rate: float = Field(default=5e-3, gt=0, le=10)
+    learning_rate: float = Field(default=1e-2, gt=0, le=10)
     """Rate of the RBMs' optimizer, lowered to a tenth by a cosine within each block."""
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the monolithic RBM and the factorised logistic step."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
-    """Adam's rate for the factorised logistic step, lowered to a tenth by a cosine."""
+    """Rate of the baselines' optimizers, lowered to a tenth by a cosine."""
 
     sampling_sweeps: int = Field(default=20, ge=1)
     """Gibbs sweeps per reverse step when sampling."""

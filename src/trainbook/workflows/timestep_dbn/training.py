@@ -264,8 +264,8 @@ def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, pla
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
         batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
-        _set_rate(optimizer, cosine_rate(config.learning_rate, step, plan.baseline_steps))
-        _set_rate(state.optimizers["logistic_chain"], cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps))
+        for each in (optimizer, state.optimizers["logistic_chain"]):
+            _set_rate(each, cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps))
         with torch.no_grad():
             bias = block.context_bias(context)
             rbm.chains.copy_(block.gibbs(rbm.chains, bias, field, config.gibbs_sweeps))
