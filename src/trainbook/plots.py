@@ -103,7 +103,9 @@ def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
         values = [metrics[f"{one}/{name}"] for one in who]
         errors = [metrics.get(f"{one}/{name}_standard_error", 0.0) for one in who]
         positions = np.arange(len(who))[::-1]
-        panel.barh(positions, values, xerr=errors if any(errors) else None, color=["C0"] + ["0.75"] * (len(who) - 1), capsize=3)
+        panel.barh(
+            positions, values, xerr=errors if any(errors) else None, color=["#7fb3e6"] + ["0.8"] * (len(who) - 1), capsize=3
+        )
         for position, value in zip(positions, values, strict=True):
             panel.annotate(f"{value:.3g}", (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         panel.set_yticks(positions, [one.replace("_", " ") for one in who])
@@ -112,11 +114,11 @@ def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
 
 
 def record_curves(history: list[dict[str, Any]]) -> Figure:
-    """One panel for each number that the records hold, over steps, with stages told apart by colour."""
+    """One panel for each real number that the records hold, over steps, with stages told apart by colour."""
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for record in history:
         for name, value in record.items():
-            if name not in ("step", "stage") and isinstance(value, float | int):
+            if name not in ("step", "stage") and isinstance(value, float):
                 series.setdefault(name, {}).setdefault(record["stage"], []).append((record["step"], value))
     shown = list(series.items())[:MAX_CURVES]
     num_columns = min(3, max(1, len(shown)))

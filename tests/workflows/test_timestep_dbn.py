@@ -673,7 +673,8 @@ def stripes():
     """A chain of 4 steps and its baselines, trained equally long on bars and stripes: config, state, patterns."""
     config = Config(
         timesteps=4, hidden_units=(16, 16, 4), autoencoder_epochs=1, epochs_per_timestep=250, baseline_epochs=250,
-        batch_size=28, learning_rate=0.05, baseline_learning_rate=0.05, weight_decay=1e-4, gibbs_sweeps=3, ais_temperatures=100, sampling_sweeps=40,
+        batch_size=28, learning_rate=0.05, baseline_learning_rate=0.05, weight_decay=1e-4, gibbs_sweeps=3,
+        ais_temperatures=100, sampling_sweeps=40,
     )  # fmt: skip
     patterns = bars_and_stripes()
     data = bits_data(patterns.repeat(20, 1), patterns, patterns)

@@ -120,27 +120,19 @@ def convergence_table(config: Config, epochs: list[dict[str, Any]], metric: str)
 
 
 def draw_convergence(config: Config, epochs: list[dict[str, Any]]) -> Figure:
-    """Timestep x epoch heatmaps of reconstruction error, pseudo-likelihood and update norm, means over levels."""
-    figure, axes = new_figure(3, width=4.0, height=3.2)
+    """Timestep x epoch heatmaps, means over levels; two of them as the change since epoch 1, which differs most between steps."""
+    figure, axes = new_figure(3, width=4.2, height=3.2)
     extent = (0.5, config.epochs_per_timestep + 0.5, 0.5, config.timesteps + 0.5)
-    for panel, (metric, unit) in zip(
-        axes[0],
-        (
-            ("reconstruction_error", "mean |bit - P(bit)|"),
-            ("pseudo_likelihood", "nats per bit, higher is better"),
-            ("update_norm", "root mean square of dW"),
-        ),
-        strict=True,
-    ):
-        heatmap(
-            panel,
-            convergence_table(config, epochs, metric).mean(-1),
-            metric.replace("_", " "),
-            "epoch",
-            "timestep t",
-            unit,
-            extent,
-        )
+    error, likelihood, update = (
+        convergence_table(config, epochs, name).mean(-1) for name in ("reconstruction_error", "pseudo_likelihood", "update_norm")
+    )
+    panels = (
+        ("reconstruction error since epoch 1", error - error[:, :1], "change of mean |bit - P(bit)|"),
+        ("pseudo-likelihood since epoch 1", likelihood - likelihood[:, :1], "gain, nats per bit"),
+        ("update norm", update, "root mean square of dW"),
+    )
+    for panel, (title, values, unit) in zip(axes[0], panels, strict=True):
+        heatmap(panel, values, title, "epoch", "timestep t", unit, extent)
     return figure
 
 
@@ -179,6 +171,7 @@ def draw_bit_errors(errors: dict[str, list[float]], start: int, schedule: FlipSc
         else:
             axes[0, 0].plot(t, values, "o-" if who == "chain" else "s--", markersize=4, label=NAMES[who])
     axes[0, 0].plot(t, schedule.cumulative[: start + 1].flip(0).cpu(), color="0.8", label="forward process, $c_t$")
+    axes[0, 0].set_xticks(t)
     axes[0, 0].invert_xaxis()
     axes[0, 0].set(
         title=f"undoing the noise of t = {start} on held-out codes",
