@@ -24,6 +24,7 @@ logger = logging.getLogger("trainbook")
 
 FLUSH_SECONDS = 1.0  # records wait this long at most before they are checked and written
 SYSTEM_SECONDS = 5.0  # between two readings of the machine
+PROGRESS_SECONDS = 2.0  # a notebook keeps every refresh: twelve hours at ten a second would be a 90 MB file
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Engine:
                 total=state.total_steps,
                 initial=state.step,
                 unit="step",
-                mininterval=0.5,
+                mininterval=PROGRESS_SECONDS,
                 disable=not self.progress,
                 smoothing=0.05,
             ) as bar,

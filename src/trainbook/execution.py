@@ -44,6 +44,7 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
                 stderr_file=sys.stderr,
                 cwd=Path.cwd(),
                 extra_arguments=["--log-level=ERROR"],
+                coalesce_streams=True,  # one line of progress in the notebook, not one per refresh
             )
         except BaseException as error:
             errors.append(error)
