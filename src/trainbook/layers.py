@@ -10,19 +10,31 @@ from trainbook.runtime import cpu_vendor
 _ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Batched matrix product a_t b_t.
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, keep: float = 0.0) -> Tensor:
+    """Batched matrix product a_t b_t, written or added to `out`: out_t <- keep out_t + a_t b_t.
 
     Args:
         a: (T, N, K).
         b: (T, K, M).
-        out: (T, N, M), overwritten when given.
+        out: (T, N, M), a new tensor when not given.
+        keep: share of `out` that stays; 0 overwrites it.
 
     Returns:
         (T, N, M)
     """
     if not _ONEDNN_IS_FASTER or a.dtype != torch.float32 or a.is_cuda or torch.is_grad_enabled():
-        return torch.bmm(a, b, out=out)
+        return torch.bmm(a, b) if out is None else torch.baddbmm(out, a, b, beta=keep, out=out)  # beta = 0 ignores NaN
+    if out is None:
+        out = a.new_empty(*a.shape[:2], b.shape[2])
     linear = torch.ops.mkldnn._linear_pointwise
-    products = [linear(x, y.t(), None, "none", [], "") for x, y in zip(a.unbind(), b.unbind(), strict=True)]
-    return torch.stack(products, out=out)
+    for left, right, result in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
+        blend_(result, linear(left, right.t(), None, "none", [], ""), keep)  # the temporary stays in the cache
+    return out
+
+
+def blend_(target: Tensor, value: Tensor, keep: float) -> None:
+    """Target <- keep target + value, in place; with keep = 0 whatever the target held is gone, NaN too."""
+    if keep:
+        target.mul_(keep).add_(value)
+    else:
+        target.copy_(value)

@@ -23,11 +23,10 @@ from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.rbm import (
     Block,
     ConditionalRBM,
-    contrastive_gradient,
+    contrastive_step,
     log_pseudo_likelihood,
-    negative_start,
 )
-from trainbook.workflows.timestep_dbn.training import rbm_optimizer, rbm_views
+from trainbook.workflows.timestep_dbn.training import CPU_TILE, rbm_adam, rbm_update, rbm_views
 
 T, B, V, H = 50, 32, 256, 256
 ROUNDS = 11
@@ -43,19 +42,23 @@ class Ours:
     def __init__(self, rbm: ConditionalRBM, config: Config) -> None:
         timesteps, batch = rbm.chains.shape[:2]
         self.view = rbm_views(rbm, 0, timesteps)
-        self.optimizer = rbm_optimizer(config, [self.view])
+        self.config = config
+        self.optimizer = rbm_adam(config, [self.view]) if config.optimizer == "adam" else None
         self.block, self.chain = Block(*self.view), rbm.chains
         self.context = torch.zeros(timesteps, batch, 0)
 
     def step(self, data: Tensor, noisy: Tensor, coupling: Tensor) -> None:
         """One persistent contrastive divergence update of every RBM."""
         with torch.no_grad():
-            bias = self.block.context_bias(self.context)
-            (field,) = fields([noisy], coupling)
-            model = self.block.gibbs(negative_start("pcd", self.chain, noisy, data), bias, field, 1)
-            self.chain.copy_(model)
-            contrastive_gradient(self.block, data, self.context, bias, model, tuple(tensor.grad for tensor in self.view))
-        self.optimizer.step()
+            for tile in (slice(first, first + CPU_TILE) for first in range(0, len(self.chain), CPU_TILE)):
+                block = Block(*(tensor[tile] for tensor in self.view))
+                context = self.context[tile]
+                (field,) = fields([noisy[tile]], coupling[tile])
+                update = rbm_update(self.config, self.view, self.config.learning_rate).at(tile)
+                bias = block.context_bias(context)
+                contrastive_step(block, self.chain[tile], data[tile], noisy[tile], context, bias, field, "pcd", 1, update)
+        if self.optimizer is not None:
+            self.optimizer.step()
 
     def finite(self) -> bool:
         """Whether every parameter is."""

@@ -40,13 +40,14 @@ from trainbook.workflows.timestep_dbn.images import load_data
 from trainbook.workflows.timestep_dbn.rbm import (
     Block,
     ConditionalRBM,
-    contrastive_gradient,
+    Update,
+    contrastive_update,
     log_partition,
     log_pseudo_likelihood,
     mean_log_weight,
     reverse_log_partition,
 )
-from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_optimizer, rbm_views, train
+from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train
 
 SCHEDULES = ("cosine", "reciprocal", "linear")
 DOUBLE = torch.float64
@@ -165,9 +166,9 @@ def repeat_timestep(block: Block, t: int, times: int) -> Block:
 
 
 def contrastive_gradients(block: Block, data: Tensor, context: Tensor, model: Tensor) -> list[Tensor]:
-    """What `contrastive_gradient` writes, per parameter (T, ...)."""
+    """What `contrastive_update` writes, per parameter (T, ...)."""
     gradients = [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in parameters(block)]
-    contrastive_gradient(block, data, context, block.context_bias(context), model, tuple(gradients))
+    contrastive_update(block, data, context, block.context_bias(context), model, Update(tuple(gradients), 0.0, 0.0, -1.0))
     return gradients
 
 
@@ -288,8 +289,8 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "independent_bits": IndependentBits(num_bits),
     }
     optimizers = {
-        "dbn": rbm_optimizer(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
-        "monolithic_rbm": rbm_optimizer(config, [rbm_views(monolithic, 0, 1)]),
+        "dbn": rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
+        "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "logistic_chain": torch.optim.Adam(logistic.parameters(), lr=config.learning_rate),
     }
     return TrainState(modules, optimizers, total_steps=plan.total_steps, step=plan.autoencoder_steps)
@@ -900,15 +901,29 @@ def test_batched_sampling_and_annealing_equal_a_loop_with_the_same_random_number
     assert num_sampled == 8  # h and z once per sweep
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_blocks_of_timesteps_update_as_the_whole_does(optimizer):
-    config = Config(optimizer=optimizer, weight_decay=0.1, learning_rate=0.01)
+def test_sgd_in_place_is_torchs_sgd_on_the_gradients():
+    case = random_case(T=3, B=6, V=7, H=5, G=4)
+    data, model = (torch.randint(0, 2, (3, 6, 7)).to(DOUBLE) for _ in range(2))
+    gradients = contrastive_gradients(case.block, data, case.context, model)
+    reference = [parameter.clone() for parameter in parameters(case.block)]
+    for tensor, gradient in zip(reference, gradients, strict=True):
+        tensor.grad = gradient
+    groups = [{"params": reference[::3], "weight_decay": 0.2}, {"params": reference[1:3]}]  # W, U; a, b
+    torch.optim.SGD(groups, lr=0.3).step()
+    update = Update.sgd(parameters(case.block), 0.3, 0.2)
+    contrastive_update(case.block, data, case.context, case.block.context_bias(case.context), model, update)
+    for moved, expected in zip(parameters(case.block), reference, strict=True):
+        torch.testing.assert_close(moved, expected, rtol=0, atol=1e-12)
+
+
+def test_blocks_of_timesteps_update_as_the_whole_does():
+    config = Config(weight_decay=0.1, learning_rate=0.01)
     whole = ConditionalRBM(5, 7, 6, 3, 4)
     nn.init.normal_(whole.visible_bias)
     parts = copy.deepcopy(whole)
     views = {name: [rbm_views(rbm, *b) for b in blocks] for name, rbm, blocks in
              (("whole", whole, [(0, 5)]), ("parts", parts, [(0, 2), (2, 5)]))}  # fmt: skip
-    optimizers = {name: [rbm_optimizer(config, [view]) for view in group] for name, group in views.items()}
+    optimizers = {name: [rbm_adam(config, [view]) for view in group] for name, group in views.items()}
     before = [parameter.clone() for parameter in parts.parameters()]
     for _ in range(3):
         gradients = [torch.randn_like(view) for view in views["whole"][0]]
@@ -929,7 +944,7 @@ def test_weight_decay_shrinks_weights_and_spares_biases():
     rbm = ConditionalRBM(2, 4, 3, 2, 2)
     for parameter in rbm.parameters():
         nn.init.ones_(parameter)
-    rbm_optimizer(config, [rbm_views(rbm, 0, 1)]).step()  # gradients are zero: only decay moves anything
+    rbm_adam(config, [rbm_views(rbm, 0, 1)]).step()  # gradients are zero: only decay moves anything
     for decayed in (rbm.weight, rbm.context_weight):
         assert decayed[0].unique().tolist() == pytest.approx([0.95])
         assert decayed[1].unique().tolist() == [1]

@@ -76,7 +76,7 @@ class TimestepDBN(nn.Module):
 
 def fields(noisy: Sequence[Tensor], coupling: Tensor) -> list[Tensor]:
     """Gamma_t (2 z_t - 1) per level; coupling (T,), noisy [(T, B, V_l)]."""
-    return [coupling.view(-1, 1, 1) * (2 * bits - 1) for bits in noisy]
+    return [torch.sub(bits, 0.5).mul_(2 * coupling.view(-1, 1, 1)) for bits in noisy]
 
 
 def diffuse(clean: Sequence[Tensor], schedule: FlipSchedule, start: int, stop: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,12 @@ from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, auto
 from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
-from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
-from trainbook.workflows.timestep_dbn.rbm import (
-    Block,
-    ConditionalRBM,
-    contrastive_gradient,
-    log_pseudo_likelihood,
-    negative_start,
-)
+from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
 LOWEST_RATE = 0.1  # the cosine ends at this share of the learning rate
+CPU_TILE = 10  # timesteps stepped at once on a CPU, so that what a step makes stays in the cache
 METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
 
@@ -81,12 +76,13 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     for module in modules.values():
         module.to(runtime.device)
     plan = Plan.of(config, len(images))
-    optimizers = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "autoencoder": torch.optim.Adam(modules["autoencoder"].parameters(), lr=config.autoencoder_learning_rate),
-        "dbn": rbm_optimizer(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
-        "monolithic_rbm": rbm_optimizer(config, [rbm_views(modules["monolithic_rbm"], 0, 1)]),
         "logistic_chain": torch.optim.Adam(modules["logistic_chain"].parameters(), lr=config.baseline_learning_rate),
     }
+    if config.optimizer == "adam":
+        optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
+        optimizers["monolithic_rbm"] = rbm_adam(config, [rbm_views(modules["monolithic_rbm"], 0, 1)])
     return TrainState(modules, optimizers, total_steps=plan.total_steps, stage=AUTOENCODER)
 
 
@@ -139,33 +135,25 @@ def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     while state.step < plan.chain_end:
         block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
         start, stop = plan.blocks[block_index]
-        coupling = schedule.coupling[start + 1 : stop + 1]
         if block_step == 0:
             _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
         views = [rbm_views(level, start, stop) for level in dbn.levels]
-        optimizer = rbm_optimizer(config, views)
-        if block_step:
-            optimizer.load_state_dict(state.optimizers["dbn"].state_dict())
-        state.optimizers["dbn"] = optimizer
-        blocks, chains = [Block(*view) for view in views], [level.chains[start:stop] for level in dbn.levels]
+        step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
+        blocks = dbn.blocks(start, stop)
+        tile = CPU_TILE if device.type == "cpu" else stop - start
         while block_step < plan.block_steps:
             indices = batch_indices(config.seed, block_step, num_images, config.batch_size).to(device)
-            _set_rate(optimizer, cosine_rate(config.learning_rate, block_step, plan.block_steps))
-            with torch.no_grad():
-                previous, noisy = diffuse([code[indices] for code in codes["train"]], schedule, start, stop)
-                contexts = dbn.contexts(blocks, previous, noisy)
-                for block, view, chain, z, z_noisy, field, (context, bias) in zip(
-                    blocks, views, chains, previous, noisy, fields(noisy, coupling), contexts, strict=True
-                ):
-                    model = block.gibbs(
-                        negative_start(config.negative_phase, chain, z_noisy, z), bias, field, config.gibbs_sweeps
-                    )
-                    if config.negative_phase == "pcd":
-                        chain.copy_(model)
-                    contrastive_gradient(block, z, context, bias, model, tuple(tensor.grad for tensor in view))
+            clean = [code[indices] for code in codes["train"]]
+            rate = cosine_rate(config.learning_rate, block_step, plan.block_steps)
             epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
             before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
-            optimizer.step()
+            updates = [rbm_update(config, view, rate) for view in views]
+            for first in range(start, stop, tile):
+                last = min(first + tile, stop)
+                _update_chain(
+                    config, dbn, clean, schedule, first, last, [u.at(slice(first - start, last - start)) for u in updates]
+                )
+            step_optimizer(rate)
             block_step += 1
             state.step += 1
             metrics: dict[str, Any] = {}
@@ -173,6 +161,20 @@ def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                 metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
                 metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
             yield Record(metrics, milestone=block_step == plan.block_steps)
+
+
+@torch.no_grad()
+def _update_chain(
+    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
+) -> None:
+    """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
+    previous, noisy = diffuse(clean, schedule, start, stop)
+    blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
+    for level, (context, bias) in enumerate(dbn.contexts(blocks, previous, noisy)):
+        contrastive_step(
+            blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
+            config.negative_phase, config.gibbs_sweeps, updates[level],
+        )  # fmt: skip
 
 
 def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
@@ -184,14 +186,36 @@ def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
     return views
 
 
-def rbm_optimizer(config: Config, views: list[list[Tensor]]) -> torch.optim.Optimizer:
-    """Optimizer of RBM parameters in the order of `rbm_views`; weights decay, biases do not."""
+def rbm_update(config: Config, view: list[Tensor], rate: float) -> Update:
+    """Where an RBM's statistics go: with sgd into the parameters at once, with adam into the gradients."""
+    return Update.sgd(view, rate, config.weight_decay) if config.optimizer == "sgd" else Update.gradient(view)
+
+
+def rbm_adam(config: Config, views: list[list[Tensor]]) -> torch.optim.Optimizer:
+    """AdamW for RBM parameters in the order of `rbm_views`; weights decay, biases do not."""
     groups = [
         {"params": [tensor for view in views for tensor in (view[0], view[3])], "weight_decay": config.weight_decay},
         {"params": [tensor for view in views for tensor in view[1:3]], "weight_decay": 0.0},
     ]
-    kind = torch.optim.AdamW if config.optimizer == "adam" else torch.optim.SGD
-    return kind(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def _attach_optimizer(
+    config: Config, state: TrainState, name: str, views: list[list[Tensor]], fresh: bool
+) -> Callable[[float], None]:
+    """Put an optimizer of these views into the state; returns its step as a function of the rate (nothing to do with sgd)."""
+    if config.optimizer == "sgd":
+        return lambda rate: None
+    optimizer = rbm_adam(config, views)
+    if not fresh:
+        optimizer.load_state_dict(state.optimizers[name].state_dict())
+    state.optimizers[name] = optimizer
+
+    def step(rate: float) -> None:
+        _set_rate(optimizer, rate)
+        optimizer.step()
+
+    return step
 
 
 @torch.no_grad()
@@ -210,7 +234,7 @@ def _epoch_metrics(
     dbn: TimestepDBN,
     blocks: list[Block],
     codes: dict[str, list[Tensor]],
-    schedule: Any,
+    schedule: FlipSchedule,
     start: int,
     stop: int,
     before: list[Tensor],
@@ -256,24 +280,23 @@ def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, pla
         state.modules["independent_bits"].fit(bits)
         rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     view = rbm_views(rbm, 0, 1)
-    optimizer = rbm_optimizer(config, [view])
-    optimizer.load_state_dict(state.optimizers["monolithic_rbm"].state_dict())
-    state.optimizers["monolithic_rbm"] = optimizer
+    step_optimizer = _attach_optimizer(config, state, "monolithic_rbm", [view], fresh=state.step == plan.chain_end)
+    logistic_optimizer = state.optimizers["logistic_chain"]
     block, field, context = Block(*view), bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
         batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
-        for each in (optimizer, state.optimizers["logistic_chain"]):
-            _set_rate(each, cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps))
+        rate = cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps)
         with torch.no_grad():
-            bias = block.context_bias(context)
-            rbm.chains.copy_(block.gibbs(rbm.chains, bias, field, config.gibbs_sweeps))
-            contrastive_gradient(block, batch.unsqueeze(0), context, bias, rbm.chains, tuple(tensor.grad for tensor in view))
-        optimizer.step()
+            bias, data = block.context_bias(context), batch.unsqueeze(0)
+            update = rbm_update(config, view, rate)
+            contrastive_step(block, rbm.chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
+        step_optimizer(rate)
+        _set_rate(logistic_optimizer, rate)
         loss = logistic.loss(batch, schedule)
-        state.optimizers["logistic_chain"].zero_grad()
+        logistic_optimizer.zero_grad()
         loss.backward()
-        state.optimizers["logistic_chain"].step()
+        logistic_optimizer.step()
         state.step += 1
         yield Record({"logistic_loss": loss.detach()}, milestone=state.step == plan.total_steps)
