@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.driving import assert_identical
-from trainbook.state import TrainState, load_newest_checkpoint, read_checkpoint, save_checkpoint
+from trainbook.state import TrainState, load_newest_checkpoint, read_checkpoint, snapshot, write_checkpoint
 
 FILES = ("state.pt", "metadata.json", "manifest.json")
 
@@ -19,6 +19,10 @@ def small_state(step=0):
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return TrainState({"net": module}, {"net": optimizer}, step=step, stage=f"stage {step}")
+
+
+def save_checkpoint(folder, state, metadata, keep):
+    write_checkpoint(folder, state.step, snapshot(state, metadata), keep)
 
 
 @pytest.fixture
@@ -57,6 +61,17 @@ def test_a_missing_file_is_detected(name, two_checkpoints):
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         read_checkpoint(two_checkpoints / "0000000020")
     assert load_newest_checkpoint(two_checkpoints, small_state(), "cpu")["step"] == 10
+
+
+def test_a_snapshot_is_a_copy(tmp_path):
+    state = small_state(10)
+    files = snapshot(state, {})
+    with torch.no_grad():
+        state.modules["net"].weight.zero_()
+    write_checkpoint(tmp_path, 10, files, keep=1)
+    fresh = small_state()
+    load_newest_checkpoint(tmp_path, fresh, "cpu")
+    assert_identical(fresh.state_dict(), small_state(10).state_dict())
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path):

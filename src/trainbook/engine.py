@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from trainbook.errors import RunFailed
 from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
-from trainbook.state import TrainState, load_newest_checkpoint, save_checkpoint
+from trainbook.state import TrainState, load_newest_checkpoint, snapshot, write_checkpoint
 
 logger = logging.getLogger("trainbook")
 
@@ -97,6 +98,8 @@ class Engine:
     keep: int = 2
     progress: bool = True
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
+    _saving: Future | None = None
+    _saving_step: int = 0
 
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
@@ -114,7 +117,8 @@ class Engine:
         """Drive the generator to its end, a stop request or the deadline; the state is saved in each case.
 
         Records are checked and written every second, not every step, so that a GPU is not made to wait for the host.
-        A checkpoint is only ever written after the records before it were found finite.
+        A checkpoint is only ever written after the records before it were found finite: copied between two steps,
+        written in the background, one at a time, and waited for before this returns.
 
         Raises:
             RunFailed: on a non-finite record, or when a checkpoint cannot be written.
@@ -129,6 +133,7 @@ class Engine:
             StopSignals() as signals,
             self.folder.metrics.open("ab", buffering=0) as metrics,
             self.folder.system.open("ab", buffering=0) as system,
+            ThreadPoolExecutor(1, "checkpoint") as writer,  # leaving the block waits for what it still writes
             tqdm(
                 total=state.total_steps,
                 initial=state.step,
@@ -161,9 +166,10 @@ class Engine:
                         self._write(system, [json.dumps(reading)])
                         measured = now
                 if save and saved_step != state.step:
-                    self._save(metrics, state)
+                    self._save(writer, metrics, state)
                     saved_step, saved = state.step, time.monotonic()
                 if why:
+                    self._finish_saving()
                     return Outcome("complete" if record is None else "stopped", why)
 
     def _stop_reason(self, signals: StopSignals, now: float) -> str:
@@ -189,6 +195,8 @@ class Engine:
                 bar.set_postfix(dict(list(numbers.items())[:3]), refresh=False)
         self._pending.clear()
         self._write(metrics, lines)
+        if self._saving is not None and self._saving.done():
+            self._finish_saving()  # a full disk is told now, not at the next checkpoint
 
     def _write(self, file: IO[bytes], lines: list[str]) -> None:
         if lines:
@@ -196,6 +204,7 @@ class Engine:
                 file.write(("\n".join(lines) + "\n").encode())
 
     def _explain_non_finite(self, step: int, stage: str, metrics: list[str], state: TrainState) -> str:
+        self._finish_saving()
         tensors = state.non_finite_tensors()
         where = f"non-finite tensors now: {', '.join(tensors[:5])}" if tensors else "all parameters are still finite"
         good = sorted(path.name for path in self.folder.checkpoints.glob("[0-9]*"))
@@ -203,12 +212,23 @@ class Engine:
         what = f"{', '.join(metrics)} became non-finite at step {step} of stage {stage!r}"
         return f"{what}; {where}; {last}. Lower the learning rate and start again."
 
-    def _save(self, metrics: IO[bytes], state: TrainState) -> None:
+    def _save(self, writer: ThreadPoolExecutor, metrics: IO[bytes], state: TrainState) -> None:
         if bad := state.non_finite_tensors():
             raise RunFailed(self._explain_non_finite(state.step, state.stage, bad, state))
-        with self._disk_errors_explained(f"the checkpoint of step {state.step}"):
-            os.fsync(metrics.fileno())
-            save_checkpoint(self.folder.checkpoints, state, {"records_bytes": metrics.tell()}, self.keep)
+        self._finish_saving()  # never two at once
+        files = snapshot(state, {"records_bytes": metrics.tell()})
+        self._saving_step, self._saving = state.step, writer.submit(self._write_checkpoint, metrics, state.step, files)
+
+    def _write_checkpoint(self, metrics: IO[bytes], step: int, files: dict[str, bytes]) -> None:
+        os.fsync(metrics.fileno())
+        write_checkpoint(self.folder.checkpoints, step, files, self.keep)
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint being written is on the disk."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            with self._disk_errors_explained(f"the checkpoint of step {self._saving_step}"):
+                saving.result()
 
     @contextmanager
     def _disk_errors_explained(self, what: str) -> Iterator[None]:

@@ -76,7 +76,20 @@ class TrainState:
         ]
 
 
-def save_checkpoint(folder: Path, state: TrainState, metadata: dict[str, Any], keep: int) -> Path:
+def snapshot(state: TrainState, metadata: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a checkpoint, as a copy that training no longer touches.
+
+    Args:
+        state: what to save.
+        metadata: plain JSON kept beside it.
+    """
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    described = json.dumps({**metadata, "step": state.step, "stage": state.stage}).encode()
+    return {STATE_FILE: buffer.getvalue(), METADATA_FILE: described}
+
+
+def write_checkpoint(folder: Path, step: int, files: dict[str, bytes], keep: int) -> Path:
     """Write `folder/<step>` so that it is either whole or not there, then drop all but the `keep` newest.
 
     Files are written to a folder beside it and fsynced, the manifest with every file's SHA-256 last, then the folder
@@ -84,28 +97,21 @@ def save_checkpoint(folder: Path, state: TrainState, metadata: dict[str, Any], k
 
     Args:
         folder: the run's `checkpoints` folder.
-        state: what to save.
-        metadata: plain JSON kept beside it.
+        step: names the checkpoint.
+        files: from `snapshot`.
         keep: how many checkpoints stay, at least 1.
 
     Raises:
         OSError: when writing fails; nothing is left behind.
     """
-    buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
-    files = {
-        STATE_FILE: buffer.getvalue(),
-        METADATA_FILE: json.dumps({**metadata, "step": state.step, "stage": state.stage}).encode(),
-    }
     entries = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()}
-    files[MANIFEST_FILE] = _compact({"files": entries, "sha256": _digest(entries)})
-
-    final = folder / f"{state.step:010d}"
+    manifest = _compact({"files": entries, "sha256": _digest(entries)})
+    final = folder / f"{step:010d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for name, content in files.items():
+        for name, content in {**files, MANIFEST_FILE: manifest}.items():
             write_synced(partial / name, content)
         sync_folder(partial)
         if final.exists():  # the same step again, after a resume that trained nothing
