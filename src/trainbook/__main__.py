@@ -9,7 +9,7 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import BaseConfig, allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json
-from trainbook.records import BAD_INPUT, EXIT_CODES, find_run
+from trainbook.records import BAD_INPUT, EXIT_CODES, find_run, measured_times
 from trainbook.tables import Table
 
 DEFAULT_PRESET = "laptop"
@@ -35,13 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def list_workflows(options: argparse.Namespace) -> int:
-    """What there is."""
-    print(
-        Table(
-            ["workflow", "what it trains", "presets"],
-            [[w.name, w.title, ", ".join(w.Config.PRESETS)] for w in _workflows()],
-        )
-    )
+    """What there is, and how long its runs took here."""
+    times = measured_times(runtime.runs_folder())
+    rows = [[w.name, w.title, ", ".join(w.Config.PRESETS), times.get(w.name, "no complete run yet")] for w in _workflows()]
+    print(Table(["workflow", "what it trains", "presets", "measured here"], rows))
     return 0
 
 

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import platform
+import statistics
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -199,6 +200,19 @@ def find_run(name: str, runs_folder: Path) -> RunFolder:
         f"there is no run {name!r} in {runs_folder}",
         f"known: {', '.join(known[-8:])}" if known else "start one with `trainbook run NAME`",
     )
+
+
+def measured_times(runs_folder: Path) -> dict[str, str]:
+    """Per workflow, what its complete runs of each preset took at the median, such as "laptop 1.8 min"."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(runs_folder.glob("*/run.json")):
+        summary = read_json(path)
+        if summary["status"] == "complete":
+            seconds.setdefault(summary["workflow"], {}).setdefault(summary["preset"], []).append(summary["wall_seconds"])
+    return {
+        workflow: ", ".join(f"{preset} {statistics.median(times) / 60:.1f} min" for preset, times in presets.items())
+        for workflow, presets in seconds.items()
+    }
 
 
 def provenance() -> dict[str, Any]:

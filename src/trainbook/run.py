@@ -55,15 +55,14 @@ def start(
     Raises:
         UserError: for a bad config, an unwritable folder, a foreign run folder, a device that does not work.
     """
-    name = workflow if isinstance(workflow, str) else workflow.__name__.rpartition(".")[2]
-    run = prepare(name, preset, overrides, run_id, authentic)
-    print(f"{name}, preset {preset}, run {run.run_id}")
+    run = prepare(workflow, preset, overrides, run_id, authentic)
+    print(f"{run.workflow.name}, preset {preset}, run {run.run_id}")
     show(Table(["", "chosen", "why"], run.runtime.rows()))
     return run
 
 
 def prepare(
-    name: str,
+    workflow: str | ModuleType,
     preset: str,
     overrides: dict[str, Any] | None = None,
     run_id: str = "",
@@ -71,7 +70,8 @@ def prepare(
     folder: RunFolder | None = None,
 ) -> "Run":
     """What `start` does, without a word; `folder` names an existing run folder that lies elsewhere."""
-    workflow = load(name)
+    name = workflow if isinstance(workflow, str) else workflow.__name__.rpartition(".")[2]
+    workflow = load(name) if isinstance(workflow, str) else Workflow(name, workflow)
     config = workflow.Config.from_preset(preset, overrides)
     runtime = detect()
     configure_logging(runtime.log_level)
@@ -80,7 +80,7 @@ def prepare(
             "authentic runs need an unchanged kit; its files differ from the git revision",
             "commit or stash the changes",
         )
-    run_id = run_id or _unfinished(name, config, runtime) or new_run_id(name, preset)
+    run_id = run_id or _unfinished(name, preset, config, authentic, runtime) or new_run_id(name, preset)
     return Run(workflow, config, preset, runtime, folder or RunFolder(runtime.runs_folder / run_id), authentic)
 
 
@@ -95,15 +95,14 @@ def new_run_id(name: str, preset: str) -> str:
     return f"{name}-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
-def _unfinished(name: str, config: BaseConfig, runtime: Runtime) -> str:
+def _unfinished(name: str, preset: str, config: BaseConfig, authentic: bool, runtime: Runtime) -> str:
+    """Id of the newest run of this very config that was stopped or cut off and that nobody is training; "" when there is none."""
+    wanted = {"preset": preset, "authentic": authentic, "config_sha256": config.sha256()}
     for path in sorted(runtime.runs_folder.glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = RunFolder(path.parent)
         summary = folder.summary()
-        if (
-            summary["config_sha256"] == config.sha256()
-            and summary["status"] in ("stopped", "running")
-            and folder.training_process() is None
-        ):
+        resumable = summary["status"] in ("stopped", "running") and folder.training_process() is None
+        if resumable and all(summary[key] == value for key, value in wanted.items()):
             return path.parent.name
     return ""
 
