@@ -1,5 +1,6 @@
 """Runs a workflow in a child process, where it can be killed, and compares what two runs left behind."""
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -45,6 +46,7 @@ class Drive:
     """One training session in a child process.
 
     Attributes:
+        workflow: a workflow's name, or the dotted path of a module that keeps the contract.
         signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later.
         file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
     """
@@ -76,7 +78,8 @@ def _session(drive: Drive) -> None:
     torch.set_num_threads(1)
     os.environ[runtime.TIME_BUDGET] = drive.time_budget
     os.environ[runtime.RUNS] = str(drive.runs)
-    run = prepare(drive.workflow, "smoke", drive.overrides, drive.run_id)
+    workflow = importlib.import_module(drive.workflow) if "." in drive.workflow else drive.workflow
+    run = prepare(workflow, "smoke", drive.overrides, drive.run_id)
     run.load_data()
     run.build()
     run.workflow = _Disturbed(run.workflow, drive)

@@ -12,7 +12,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables"},
-    {"state", "data", "records", "plots", "monitor", "layers"},
+    {"optimization"},
+    {"state", "data", "records", "plots", "monitor", "layers", "optim"},
     {"engine"},
     {"workflows"},
     {"catalog"},

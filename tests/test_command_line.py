@@ -173,6 +173,12 @@ def test_a_foreign_run_folder_is_refused(capfd, tmp_path):
     assert "workflow another, not timestep_dbn" in said
 
 
+@pytest.mark.parametrize("run_id", ["../outside", "/absolute", ".hidden", "a b", "x/y"])
+def test_a_run_id_cannot_leave_the_runs_folder(run_id, capfd, tmp_path):
+    said = mistake(capfd, tmp_path, "run", "timestep_dbn", "--preset", "smoke", "--run-id", run_id)
+    assert "cannot name a run folder" in said
+
+
 def test_a_missing_data_file_is_refused_in_the_notebook_too(tmp_path):
     done = trainbook("run", "timestep_dbn", "--preset", "smoke", "--dataset", "file", "--data-file", "missing.npz")
     assert done.returncode == 2, done.stdout + done.stderr

@@ -101,6 +101,37 @@ def test_resume_falls_back_when_the_newest_checkpoint_is_torn(uninterrupted, tmp
     assert_same_run(folder, uninterrupted)
 
 
+EVERYTHING = {"schedule": "cosine", "warmup_steps": 20, "clip_norm": 1.0, "label_smoothing": 0.1, "ema_decay": 0.95}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"accumulation": 3},
+        {"precision": "bfloat16"},
+        {"precision": "float16", "learning_rate": 3e-3},
+        {"ema_decay": 0.9},
+        {"schedule": "one_cycle", "warmup_steps": 10},
+        {"optimizer": "sgd", "learning_rate": 0.1},
+        EVERYTHING | {"accumulation": 2, "precision": "bfloat16"},
+        EVERYTHING | {"accumulation": 2, "precision": "float16", "optimizer": "sgd", "learning_rate": 0.1},
+    ],
+    ids=lambda overrides: " ".join(overrides) or "plain",
+)
+def test_a_classifier_killed_under_every_option_resumes_bit_for_bit(overrides, tmp_path):
+    def drive(run_id, **disturbance):
+        return Drive(tmp_path, run_id, overrides, "tests.digits_classifier", checkpoint_seconds=0.02, **disturbance)
+
+    assert drive("whole")() == 0
+    for step in (37, 80):
+        assert drive("killed", signal_step=step, delay=0.001)() == -signal.SIGKILL
+    assert drive("killed")() == 0
+    assert_same_run(drive("whole").folder, drive("killed").folder)
+    losses = [record["loss"] for record in drive("whole").folder.history()]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])  # it learns, or equality would say little
+
+
 def checkpoints_before(folder, state):
     """Step of the checkpoint that the resumed session must have fallen back to: its log names the torn one."""
     lines = [line for line in folder.log.read_text().splitlines() if "skipping checkpoint" in line]

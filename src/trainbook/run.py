@@ -1,6 +1,7 @@
 """A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
 
 import logging
+import re
 import shutil
 import time
 import traceback
@@ -81,6 +82,10 @@ def prepare(
             "commit or stash the changes",
         )
     run_id = run_id or _unfinished(name, preset, config, authentic, runtime) or new_run_id(name, preset)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
+        raise UserError(
+            f"{run_id!r} cannot name a run folder", "use letters, digits, '-', '_' and '.'; set TRAINBOOK_RUNS for the place"
+        )
     return Run(workflow, config, preset, runtime, folder or RunFolder(runtime.runs_folder / run_id), authentic)
 
 

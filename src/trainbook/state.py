@@ -28,7 +28,7 @@ class TrainState:
     Attributes:
         modules: name to module; tensors that training carries besides weights (Gibbs chains) are buffers of one.
         optimizers: name to optimizer.
-        schedulers: name to learning-rate scheduler.
+        stateful: name to anything else with `state_dict` and `load_state_dict`, such as an `optim.Stepper`.
         total_steps: how many steps the run takes, over all stages.
         step: how many are done.
         stage: the stage the next step belongs to.
@@ -36,13 +36,13 @@ class TrainState:
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = field(default_factory=dict)
+    stateful: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
     step: int = 0
     stage: str = ""
 
     def _parts(self) -> dict[str, dict[str, Any]]:
-        return {"modules": self.modules, "optimizers": self.optimizers, "schedulers": self.schedulers}
+        return {"modules": self.modules, "optimizers": self.optimizers, "stateful": self.stateful}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it back."""
