@@ -69,7 +69,8 @@ run.load_data()
 
 # %% [markdown]
 # ## Model and baselines
-# The monolithic RBM gets as many parameters as the whole chain. The logistic chain has the same exact coupling
+# The monolithic RBM gets as many parameters as the whole chain; that is far too wide for so few images, so a small RBM of
+# fitting width stands beside it as the stronger baseline. The logistic chain has the same exact coupling
 # $\Gamma_t$ and sees all noisy bits, but treats the bits of $z_{t-1}$ as independent given $z_t$.
 
 # %%
@@ -92,7 +93,7 @@ run.curves()
 # `nats_per_bit` is the length of a held-out code, $-\ln p(z_0)$ per bit; fair coins cost 0.693. It is exact for
 # independent bits and an upper bound for the two chains (one drawn transition per timestep and image). The partition
 # functions are annealed in both directions, which brackets the truth: `nats_per_bit` takes the direction that does not
-# flatter for our chain and the one that does for the monolithic RBM; `other direction` is the other. Where the two are
+# flatter for our chain and the one that does for the plain RBMs; `other direction` is the other. Where the two are
 # far apart, neither is to be trusted. `end_bit_error` is the share of wrong bits after undoing noise that flipped just
 # under a quarter of them. `sample_covariance_error` compares samples with held-out codes; the column `training data` is
 # the floor that finite sampling alone gives.

@@ -98,6 +98,45 @@ def test_verify_finds_what_was_tampered_with(what, interrupted, tmp_path):
     assert done.stdout.count("DIFFERS") == 2  # the row, and the line that points to it
 
 
+def test_ctrl_c_while_a_resumed_run_is_starting_is_not_forgotten(interrupted, tmp_path):
+    environment = {**interrupted["env"], "TRAINBOOK_RUNS": str(tmp_path)}
+    folder = RunFolder(tmp_path / "early")
+    command = [sys.executable, "-m", "trainbook", "run", "timestep_dbn", "--preset", "smoke", "--run-id", "early", *LONG_DBN]
+    command.append("--epochs-per-timestep=40000")  # far longer than the time budget
+    stopped = trainbook(*command[3:], "--time-budget", "9s", env=environment)
+    assert (stopped.returncode, folder.summary()["status"]) == (3, "stopped"), stopped.stdout + stopped.stderr
+    process = subprocess.Popen(
+        [*command[:3], "resume", "early", "--time-budget", "1h"],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    time.sleep(4)  # the kernel is coming up; nobody trains yet
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 3
+    assert folder.summary()["status"] == "stopped"
+    assert folder.summary()["step"] < folder.summary()["total_steps"]
+
+
+def test_a_killed_kernel_is_recorded_as_failed(interrupted, tmp_path):
+    environment = {**interrupted["env"], "TRAINBOOK_RUNS": str(tmp_path)}
+    folder = RunFolder(tmp_path / "dead")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainbook", "run", "timestep_dbn", "--preset", "smoke", "--run-id", "dead", *LONG_DBN],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and folder.training_process() is None:
+        time.sleep(0.05)
+    taken = trainbook("run", "timestep_dbn", "--preset", "smoke", "--run-id", "dead", *LONG_DBN, env=environment)
+    assert (taken.returncode, "is training in" in taken.stderr) == (2, True)
+    os.kill(folder.training_process(), signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert folder.summary()["status"] == "failed"
+    assert "kernel died" in folder.summary()["why"]
+
+
 def test_report_and_compare(interrupted):
     interrupted["folder"].report.unlink()
     assert trainbook("report", "mine", env=interrupted["env"]).returncode == 0
@@ -155,8 +194,11 @@ def test_an_unknown_preset_or_workflow_or_run_lists_the_known(capfd, tmp_path):
     assert "there is no run 'nothing'" in mistake(capfd, tmp_path, "resume", "nothing")
 
 
-def test_a_bad_time_budget_or_device_is_refused(capfd, tmp_path):
+def test_a_bad_time_budget_price_or_device_is_refused(capfd, tmp_path, monkeypatch):
     assert "is not a duration" in mistake(capfd, tmp_path, "run", "timestep_dbn", "--time-budget", "soon")
+    monkeypatch.setenv("TRAINBOOK_PRICE_PER_HOUR", "cheap")
+    assert "is not a number" in mistake(capfd, tmp_path, "run", "timestep_dbn")
+    monkeypatch.delenv("TRAINBOOK_PRICE_PER_HOUR")
     assert "device 'cuda:7' does not work" in mistake(capfd, tmp_path, "run", "timestep_dbn", "--device", "cuda:7")
 
 
@@ -171,6 +213,9 @@ def test_a_foreign_run_folder_is_refused(capfd, tmp_path):
     folder.create({"workflow": "another", "config": {}})
     said = mistake(capfd, tmp_path, "run", "timestep_dbn", "--preset", "smoke", "--run-id", "theirs")
     assert "workflow another, not timestep_dbn" in said
+    (tmp_path / "runs" / "letters").mkdir()
+    (tmp_path / "runs" / "letters" / "thesis.txt").write_text("two years of work")
+    assert "is not a run folder" in mistake(capfd, tmp_path, "run", "timestep_dbn", "--run-id", "letters")
 
 
 @pytest.mark.parametrize("run_id", ["../outside", "/absolute", ".hidden", "a b", "x/y"])

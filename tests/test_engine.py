@@ -133,3 +133,30 @@ def test_seed_step_reaches_dropout():
     c = torch.dropout(ones, 0.5, True)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_torn_checkpoints_of_later_steps_do_not_push_out_new_ones(tmp_path):
+    engine, state = make(tmp_path)
+    engine.follow(steps(state, milestones=(8,)), state)
+    for checkpoint in engine.folder.checkpoints.glob("[0-9]*"):
+        (checkpoint / "state.pt").write_bytes(b"torn")
+    engine, fresh = make(tmp_path)
+    assert engine.restore(fresh) == 0
+    fresh.total_steps = 4
+    engine.follow(steps(fresh, milestones=(2,)), fresh)
+    assert saved(engine) == [2, 4]
+    engine, again = make(tmp_path)
+    assert engine.restore(again) == 4
+
+
+def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
+    class Slow:
+        content = b""
+
+        def write(self, data):
+            self.content += bytes(data[:3])
+            return min(3, len(data))
+
+    engine, slow = make(tmp_path)[0], Slow()
+    engine._write(slow, ["abcdefgh", "ij"])
+    assert slow.content == b"abcdefgh\nij\n"

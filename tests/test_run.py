@@ -2,13 +2,16 @@
 
 import signal
 
+import numpy as np
 import pytest
+import torch
 
 from tests.driving import SMALL_DBN, Drive
 from trainbook import run as run_module
+from trainbook.engine import seed_step
 from trainbook.errors import UserError
 from trainbook.records import measured_times
-from trainbook.run import new_run_id, prepare
+from trainbook.run import DRAWING_STEP, EVALUATION_STEP, new_run_id, prepare
 
 
 @pytest.fixture
@@ -46,7 +49,6 @@ def test_a_stopped_run_is_not_evaluated_but_reported(stopped):
     run.build()
     run.runtime = run.runtime.__class__(**{**run.runtime.__dict__, "deadline": 0.0})
     run.train(progress=False)
-    assert run.stopped
     assert "trainbook resume" in run.evaluate()
     run.draw()
     assert run.finish().startswith("stopped")
@@ -57,14 +59,15 @@ def test_a_stopped_run_is_not_evaluated_but_reported(stopped):
 
 
 def test_authentic_refuses_a_changed_kit_and_synthetic_or_unsigned_data(monkeypatch):
-    monkeypatch.setattr(run_module, "git_revision", lambda: "abc+changes")
-    with pytest.raises(UserError, match="need an unchanged kit"):
-        prepare("timestep_dbn", "smoke", authentic=True)
+    for revision in ("abc+changes", None):
+        monkeypatch.setattr(run_module, "git_revision", lambda revision=revision: revision)
+        with pytest.raises(UserError, match="need an unchanged kit"):
+            prepare("timestep_dbn", "smoke", authentic=True)
     monkeypatch.setattr(run_module, "git_revision", lambda: "abc")
     run = prepare("timestep_dbn", "smoke", authentic=True)
     run.load_data()  # real digits with a checksum
     real = run.workflow.load_data(run.config, run.runtime)
-    for change in ({"synthetic": True}, {"sha256": ""}):
+    for change in ({"synthetic": True}, {"synthetic": None}, {"sha256": ""}):
         altered = real.__class__(**{**real.__dict__, **change})
         monkeypatch.setattr(run.workflow.module, "load_data", lambda config, runtime, altered=altered: altered, raising=False)
         with pytest.raises(UserError, match="need real data with a checksum"):
@@ -81,3 +84,86 @@ def test_the_price_of_the_machine_becomes_the_cost_of_the_run(stopped, monkeypat
     summary = run.folder.summary()
     assert summary["estimated_cost"] == pytest.approx(summary["wall_seconds"])
     assert len(summary["segments"]) == 2
+
+
+def finished_by_hand(overrides=SMALL_DBN):
+    run = prepare("timestep_dbn", "smoke", overrides, "by-hand")
+    run.load_data()
+    run.build()
+    run.train(progress=False)
+    run.evaluate()
+    run.draw()
+    return run
+
+
+def test_a_run_that_broke_never_becomes_complete(monkeypatch):
+    run = prepare("timestep_dbn", "smoke", SMALL_DBN, "broken")
+    run.load_data()
+    run.build()
+    train = run.workflow.module.train
+
+    def breaking(config, data, state):
+        for record in train(config, data, state):
+            if state.step == 20:
+                raise ZeroDivisionError("in the workflow")
+            yield record
+
+    monkeypatch.setattr(run.workflow.module, "train", breaking, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        run.train(progress=False)
+    assert "the run is failed" in run.evaluate()
+    run.draw()
+    assert run.finish().startswith("failed")
+    assert (run.folder.summary()["status"], run.folder.summary()["why"]) == ("failed", "in the workflow")
+
+
+def test_a_run_that_was_not_evaluated_is_not_complete():
+    run = prepare("timestep_dbn", "smoke", SMALL_DBN, "hasty")
+    run.load_data()
+    run.build()
+    run.train(progress=False)
+    assert run.finish().startswith("running")
+    assert run.folder.summary()["status"] == "running"
+
+
+def test_opening_a_complete_run_again_changes_nothing():
+    run = finished_by_hand()
+    assert run.finish().startswith("complete")
+    before = run.folder.run_json.read_bytes()
+    again = finished_by_hand()
+    assert again.folder.run_json.read_bytes() == before
+    assert again.finish().startswith("complete")
+    assert again.folder.run_json.read_bytes() == before
+
+
+def test_resume_on_other_data_is_refused(tmp_path):
+    def write(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (160, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "mine.npz", train=pixels[:130], test=pixels[130:])
+
+    overrides = {**SMALL_DBN, "dataset": "file", "data_file": str(tmp_path / "mine.npz"), "max_train_images": 96}
+    write(0)
+    assert Drive(tmp_path / "runs", "mine", overrides, signal_step=50, signal_number=signal.SIGTERM)() == 0
+    write(1)
+    run = prepare("timestep_dbn", "smoke", overrides, "mine")
+    run.load_data()
+    run.build()
+    with pytest.raises(UserError, match="was started on other data"):
+        run.train(progress=False)
+    assert run.data.synthetic is None
+    assert run.folder.summary()["status"] == "stopped"
+
+
+def test_evaluation_and_drawing_have_random_streams_of_their_own():
+    draws = []
+    for step in (0, 1, 2, EVALUATION_STEP, DRAWING_STEP):
+        seed_step(3, step)
+        draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 5
+
+
+def test_a_summary_of_another_kit_does_not_stop_list(tmp_path):
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "run.json").write_text("{}")
+    assert measured_times(tmp_path / "runs") == {}
+    prepare("timestep_dbn", "smoke")

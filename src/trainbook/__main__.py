@@ -1,7 +1,6 @@
 """The command line: list, show, run, resume, verify, report, compare, doctor."""
 
 import argparse
-import logging
 import sys
 from typing import Any
 
@@ -124,8 +123,9 @@ def _execute(name: str, preset: str, overrides: dict[str, Any], run_id: str, aut
     from trainbook.execution import run_notebook
     from trainbook.run import prepare
 
-    logging.getLogger("trainbook").setLevel(logging.ERROR)
     prepared = prepare(name, preset, overrides, run_id, authentic)
+    if (process := prepared.folder.training_process()) is not None:
+        raise UserError(f"process {process} is training in {prepared.folder.path}", "wait for it or stop it first")
     code = run_notebook(
         prepared.workflow,
         prepared.folder,

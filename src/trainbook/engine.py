@@ -19,7 +19,8 @@ from tqdm import tqdm
 from trainbook.errors import RunFailed
 from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
-from trainbook.state import TrainState, load_newest_checkpoint, snapshot, write_checkpoint
+from trainbook.records import now as now_utc
+from trainbook.state import TrainState, load_newest_checkpoint, set_aside_after, snapshot, write_checkpoint
 
 logger = logging.getLogger("trainbook")
 
@@ -104,6 +105,7 @@ class Engine:
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
         metadata = load_newest_checkpoint(self.folder.checkpoints, state, self.device)
+        set_aside_after(self.folder.checkpoints, state.step if metadata else -1)
         size = metadata["records_bytes"] if metadata else 0
         if self.folder.metrics.exists():
             if self.folder.metrics.stat().st_size < size:
@@ -128,7 +130,7 @@ class Engine:
         self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         monitor = Monitor(self.device)
         started = flushed = saved = time.monotonic()
-        measured, first_step, saved_step = -math.inf, state.step, -1
+        measured, first_step, saved_step, session = -math.inf, state.step, -1, now_utc()
         with (
             StopSignals() as signals,
             self.folder.metrics.open("ab", buffering=0) as metrics,
@@ -162,7 +164,13 @@ class Engine:
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS:
                         rate = (state.step - first_step) / max(now - started, 1e-9)
-                        reading = {"step": state.step, "seconds": now - started, "steps_per_second": rate, **monitor.read()}
+                        reading = {
+                            "session": session,
+                            "step": state.step,
+                            "seconds": now - started,
+                            "steps_per_second": rate,
+                            **monitor.read(),
+                        }
                         self._write(system, [json.dumps(reading)])
                         measured = now
                 if save and saved_step != state.step:
@@ -201,7 +209,9 @@ class Engine:
     def _write(self, file: IO[bytes], lines: list[str]) -> None:
         if lines:
             with self._disk_errors_explained("the records"):
-                file.write(("\n".join(lines) + "\n").encode())
+                content = memoryview(("\n".join(lines) + "\n").encode())
+                while content:  # an unbuffered write may take only a part
+                    content = content[file.write(content) :]
 
     def _explain_non_finite(self, step: int, stage: str, metrics: list[str], state: TrainState) -> str:
         self._finish_saving()

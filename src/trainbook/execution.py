@@ -12,6 +12,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from trainbook.catalog import Workflow
+from trainbook.files import write_json
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
 
 
@@ -53,19 +54,22 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
     thread = threading.Thread(target=execute, daemon=True)
     stop_requested = threading.Event()
 
-    def pass_on(number: int, frame: Any) -> None:
+    def request_stop(number: int, frame: Any) -> None:
         stop_requested.set()
-        if (process := folder.training_process()) is not None:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     thread.start()
+    delivered = False
     try:
         while thread.is_alive():
             thread.join(0.2)
-            if stop_requested.is_set() and not folder.run_json.exists():
-                break  # nothing has been trained yet, so there is nothing to wait for
+            if stop_requested.is_set() and not delivered:
+                if not folder.run_json.exists():
+                    break  # nothing has been trained yet, so there is nothing to wait for
+                if (process := folder.training_process()) is not None:  # else it is still starting
+                    delivered = True
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGTERM)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -78,8 +82,15 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
 
 
 def _judge(folder: RunFolder, error: BaseException | None, stop_requested: bool) -> int:
+    if not folder.run_json.exists() and stop_requested:
+        print("Interrupted before training began; there is nothing to resume.", file=sys.stderr)
+        return EXIT_CODES["failed"]
     status = folder.summary()["status"] if folder.run_json.exists() else ""
-    if stop_requested and status in ("", "running", "stopped"):
+    if status == "running" and folder.training_process() is None:
+        # The kernel is gone and could not say so itself: killed, out of memory, or stopped while it evaluated.
+        status, why = ("stopped", "interrupted") if stop_requested else ("failed", f"the kernel died: {error}")
+        write_json(folder.run_json, {**folder.summary(), "status": status, "why": why})
+    if stop_requested and status == "stopped":
         return EXIT_CODES["stopped"]
     if isinstance(error, PapermillExecutionError):
         print(f"{error.ename}: {error.evalue}", file=sys.stderr)

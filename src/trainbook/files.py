@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a .jsonl file; a last line cut short by a crash is left out."""
     if path.is_file():
-        for line in path.read_text().splitlines():
-            with suppress(ValueError):
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
                 yield json.loads(line)
+            except ValueError:
+                if number < len(lines):
+                    raise UserError(f"{path}, line {number} is damaged", "restore the file from a copy") from None
 
 
 def file_sha256(path: Path) -> str:

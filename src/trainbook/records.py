@@ -102,10 +102,8 @@ class RunFolder:
             UserError: when it cannot be written, or is another run's.
         """
         try:
-            if self.config.exists():
+            if self.path.exists() and any(self.path.iterdir()):
                 self.check(config)
-            elif self.path.exists() and any(self.path.iterdir()):
-                raise UserError(f"{self.path} is not a run folder", "choose another --run-id")
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(self.config, config)
@@ -121,13 +119,17 @@ class RunFolder:
         Raises:
             UserError: naming what differs.
         """
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not a run folder", "choose another --run-id")
         found = read_json(self.config)
         if found == config:
             return
         if found.get("workflow") != config["workflow"]:
             difference = f"workflow {found.get('workflow')}, not {config['workflow']}"
         else:
-            old, new = found.get("config", {}), config["config"]
+            old, new = (
+                {**side.get("config", {}), **{k: side.get(k) for k in ("preset", "authentic")}} for side in (found, config)
+            )
             difference = ", ".join(
                 f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
             )
@@ -207,7 +209,7 @@ def measured_times(runs_folder: Path) -> dict[str, str]:
     seconds: dict[str, dict[str, list[float]]] = {}
     for path in sorted(runs_folder.glob("*/run.json")):
         summary = read_json(path)
-        if summary["status"] == "complete":
+        if summary.get("status") == "complete":
             seconds.setdefault(summary["workflow"], {}).setdefault(summary["preset"], []).append(summary["wall_seconds"])
     return {
         workflow: ", ".join(f"{preset} {statistics.median(times) / 60:.1f} min" for preset, times in presets.items())
@@ -235,10 +237,11 @@ def provenance() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of the source tree the kit runs from, with "+changes" when files differ from it; None outside git."""
+    """Commit of the tree the kit runs from, "+changes" when its source or notebooks differ from it; None outside git."""
     source = Path(__file__).resolve().parent
+    notebooks = source.parents[1] / "notebooks"
     try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(source)])
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(source), str(notebooks)])
         head, changes = (
             subprocess.run(
                 ["git", "-C", str(source), *command], capture_output=True, text=True, timeout=10, check=True

@@ -49,13 +49,13 @@ def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def write(folder: RunFolder) -> None:
-    """Write report.html from what lies in the run folder.
+def write(folder: RunFolder, summary: dict | None = None) -> None:
+    """Write report.html from what lies in the run folder; `summary` is what run.json is about to say.
 
     Raises:
         UserError: when it is not a run folder.
     """
-    summary = folder.summary()
+    summary = summary or folder.summary()
     workflow = load(summary["workflow"])
     config = workflow.Config(**read_json(folder.config)["config"])
     figures = [

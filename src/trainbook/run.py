@@ -6,7 +6,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from types import ModuleType
 from typing import Any
@@ -27,13 +27,13 @@ from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.monitor import peak_memory_bytes
 from trainbook.records import RunFolder, git_revision, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect
-from trainbook.state import TrainState
+from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
 
 logger = logging.getLogger("trainbook")
 
-EVALUATION_STEP = 2**40  # beyond any training step: evaluation and drawing get random streams of their own
-DRAWING_STEP = EVALUATION_STEP + 1
+# Beyond any training step, and different from each in the 32 bits of a seed that a CPU uses: streams of their own.
+EVALUATION_STEP, DRAWING_STEP = 2**32 - 2, 2**32 - 1
 
 
 def start(
@@ -76,10 +76,10 @@ def prepare(
     config = workflow.Config.from_preset(preset, overrides)
     runtime = detect()
     configure_logging(runtime.log_level)
-    if authentic and (git_revision() or "").endswith("+changes"):
+    if authentic and folder is None and ((revision := git_revision()) is None or revision.endswith("+changes")):
         raise UserError(
-            "authentic runs need an unchanged kit; its files differ from the git revision",
-            "commit or stash the changes",
+            "authentic runs need an unchanged kit; its files or notebooks differ from the git revision, or there is none",
+            "work in a clone of the repository, and commit or stash the changes",
         )
     run_id = run_id or _unfinished(name, preset, config, authentic, runtime) or new_run_id(name, preset)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
@@ -106,8 +106,8 @@ def _unfinished(name: str, preset: str, config: BaseConfig, authentic: bool, run
     for path in sorted(runtime.runs_folder.glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = RunFolder(path.parent)
         summary = folder.summary()
-        resumable = summary["status"] in ("stopped", "running") and folder.training_process() is None
-        if resumable and all(summary[key] == value for key, value in wanted.items()):
+        resumable = summary.get("status") in ("stopped", "running") and folder.training_process() is None
+        if resumable and all(summary.get(key) == value for key, value in wanted.items()):
             return path.parent.name
     return ""
 
@@ -124,6 +124,7 @@ class Run:
         self.data: Data | None = None
         self.state: TrainState | None = None
         self.summary: dict[str, Any] = {}
+        self._trained = False
         self._identity = {
             "workflow": workflow.name,
             "preset": preset,
@@ -155,7 +156,7 @@ class Run:
             UserError: when it is missing, or not allowed in an authentic run.
         """
         self.data = self.workflow.load_data(self.config, self.runtime)
-        if self.authentic and (self.data.synthetic or not self.data.sha256):
+        if self.authentic and (self.data.synthetic is not False or not self.data.sha256):
             raise UserError("authentic runs need real data with a checksum", "drop --authentic, or choose another data set")
         if get_ipython() is not None:
             for figure in self.workflow.draw_data(self.config, self.data).values():
@@ -182,7 +183,14 @@ class Run:
         self.folder.create(self._identity)
         self.folder.lock()
         configure_logging(self.runtime.log_level, self.folder.log)
-        self._begin()
+        earlier = self.folder.summary() if self.folder.run_json.exists() else {}
+        self._check_data(earlier)
+        if earlier.get("status") == "complete":
+            load_newest_checkpoint(self.folder.checkpoints, self.state, self.runtime.device)
+            self.summary = earlier
+            print(f"{self.run_id} is complete already; nothing is trained or measured anew.")
+            return
+        self._begin(earlier.get("segments", []))
         with self._segment_recorded():
             engine = Engine(
                 self.folder,
@@ -196,10 +204,11 @@ class Run:
             if self.state.step:
                 logger.info("continuing %s at step %d of %d", self.run_id, self.state.step, self.state.total_steps)
             outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
-            self.summary.update(why=outcome.why, status="stopped" if outcome.status == "stopped" else "running")
+            self._trained = outcome.status == "complete"
+            self.summary.update(why=outcome.why, status="running" if self._trained else "stopped")
         where = f"at step {self.state.step} of {self.state.total_steps}: {self.summary['why']}"
         logger.info("%s %s", self.run_id, where)
-        if self.stopped:
+        if not self._trained:
             print(f"Stopped {where}. Continue: trainbook resume {self.run_id}")
 
     @contextmanager
@@ -221,17 +230,21 @@ class Run:
             if self.summary["status"] != "running":
                 self.folder.unlock()
 
-    @property
-    def stopped(self) -> bool:
-        """True when training was stopped before its end; evaluation then waits for the resumed run."""
-        return self.summary.get("status") == "stopped"
+    def _check_data(self, earlier: dict[str, Any]) -> None:
+        recorded = earlier.get("data", {}).get("sha256", self.data.sha256)
+        if recorded != self.data.sha256:
+            self.folder.unlock()
+            raise UserError(
+                f"{self.run_id} was started on other data: SHA-256 {recorded[:12]}..., now {self.data.sha256[:12]}...",
+                "put the data back as it was, or start a new run",
+            )
 
-    def _begin(self) -> None:
+    def _begin(self, earlier: list[dict[str, Any]]) -> None:
         """Write run.json of a run under way; the segments of earlier sessions stay in it."""
-        earlier = self.folder.summary()["segments"] if self.folder.run_json.exists() else []
         if earlier and earlier[-1]["ended"] is None:  # cut off: what is known of it is the last reading of the machine
-            reading = (list(read_lines(self.folder.system)) or [{}])[-1]
-            earlier[-1].update(last_step=reading.get("step"), seconds=reading.get("seconds", 0.0))
+            readings = [r for r in read_lines(self.folder.system) if r["session"] >= earlier[-1]["started"]]
+            if readings:
+                earlier[-1].update(last_step=readings[-1]["step"], seconds=readings[-1]["seconds"])
         self._segment = {
             "platform": self.runtime.platform,
             "device": self.runtime.device,
@@ -277,16 +290,29 @@ class Run:
 
     def evaluate(self) -> Table | str:
         """Measure on held-out data, show it beside the baselines, and judge the targets."""
-        if self.stopped:
-            return f"not evaluated: the run is stopped; trainbook resume {self.run_id}"
-        with self._segment_recorded():
-            self.summary["metrics"] = self.measure()
-        self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
+        if self._unfinished_because:
+            return self._unfinished_because
+        if not self._complete_already:
+            with self._segment_recorded():
+                self.summary["metrics"] = self.measure()
+            self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
         compared = dict.fromkeys(t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str))
         if compared:
             self._show({"baselines": plots.baseline_bars(self.summary["metrics"], list(compared))})
         return report.verdict_table(self.summary["verdicts"])
+
+    @property
+    def _complete_already(self) -> bool:
+        return self.summary.get("status") == "complete"
+
+    @property
+    def _unfinished_because(self) -> str:
+        """Why there is nothing to evaluate, draw or finish; "" when training came to its end."""
+        if self._trained or self._complete_already:
+            return ""
+        status = self.summary.get("status", "not trained")
+        return f"not evaluated: the run is {status}. Go on with: trainbook resume {self.run_id}"
 
     def measure(self) -> dict[str, float]:
         """The workflow's held-out metrics, with a random stream that depends on the seed only."""
@@ -295,17 +321,17 @@ class Run:
 
     def draw(self) -> None:
         """Draw, save and show the workflow's pictures."""
-        if self.stopped:
+        if self._unfinished_because:
             return
         seed_step(self.config.seed, DRAWING_STEP)
-        with self._segment_recorded():
+        with nullcontext() if self._complete_already else self._segment_recorded():
             figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
         self._show(figures)
 
     def _show(self, figures: dict[str, Figure]) -> None:
         self.folder.figures.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            mark = "SYNTHETIC DATA" if self.data.synthetic else ""
+            mark = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
             path = self.folder.figures / f"{name}.png"
             path.write_bytes(
                 plots.to_png(figure, footnote=" · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part))
@@ -314,14 +340,17 @@ class Run:
 
     def finish(self) -> str:
         """Export the weights, write the report, and run.json last of all."""
-        if not self.stopped:
-            self._export()
-            self.summary.update(status="complete", why="all steps done and evaluated")
-            self.summary["files"] = self._checksums()
+        if self._trained and "metrics" in self.summary:
+            with self._segment_recorded():
+                self._export()
+                complete = {"status": "complete", "why": "all steps done and evaluated", "files": self._checksums()}
+                report.write(self.folder, {**self.summary, **complete})
+            self.summary.update(complete)
             self._write_summary()
-        report.write(self.folder)
+        elif self.summary:
+            report.write(self.folder, self.summary)
         self.folder.unlock()
-        return f"{self.summary['status']}: {self.folder.report}"
+        return f"{self.summary.get('status', 'not trained')}: {self.folder.report}"
 
     def _export(self) -> None:
         shutil.rmtree(self.folder.export, ignore_errors=True)

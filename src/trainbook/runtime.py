@@ -87,7 +87,7 @@ def detect() -> Runtime:
         runs_folder=runs_folder(),
         data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
         deadline=None if budget is None else time.monotonic() + budget,
-        price_per_hour=float(os.environ[PRICE]) if PRICE in os.environ else None,
+        price_per_hour=_price(),
         log_level=level,
         reasons={
             "platform": platform_reason,
@@ -197,6 +197,13 @@ def _dtype(device: str) -> tuple[str, str]:
     # is_bf16_supported() counts emulation and says yes on a T4: go by the compute capability.
     major, minor = torch.cuda.get_device_capability(device)
     return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
+
+
+def _price() -> float | None:
+    try:
+        return float(os.environ[PRICE]) if os.environ.get(PRICE) else None
+    except ValueError:
+        raise UserError(f"{PRICE}={os.environ[PRICE]} is not a number", "give the price of an hour, such as 0.35") from None
 
 
 def _time_budget(where: str) -> tuple[float | None, str]:

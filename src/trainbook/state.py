@@ -168,6 +168,15 @@ def load_newest_checkpoint(folder: Path, state: TrainState, device: str) -> dict
     return None
 
 
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints later than `step` to `.torn-...`: a resumed run writes those steps anew, and pruning goes by number."""
+    for checkpoint in _numbered(folder):
+        if int(checkpoint.name) > step:
+            aside = folder / f".torn-{checkpoint.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+
+
 def _numbered(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()), reverse=True)
 

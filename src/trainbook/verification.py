@@ -41,7 +41,7 @@ def verify_run(folder: RunFolder) -> list[Finding]:
             f"{folder.path.name} is {summary['status']}, not complete",
             f"finish it: trainbook resume {folder.path.name}",
         )
-    run = prepare(saved["workflow"], saved["preset"], saved["config"], folder.path.name, False, folder)
+    run = prepare(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"], folder)
     segment = summary["segments"][-1]
     if segment["device"].split(":")[0] != run.runtime.device.split(":")[0]:
         raise UserError(

@@ -30,8 +30,9 @@ from trainbook.workflows.timestep_dbn import evaluation
 from trainbook.workflows.timestep_dbn.baselines import (
     IndependentBits,
     LogisticChain,
-    monolithic_negative_log_likelihood,
     monolithic_rbm,
+    negative_log_likelihood,
+    small_rbm,
 )
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, bound, diffuse, fields, reverse_step
 from trainbook.workflows.timestep_dbn.config import Config
@@ -280,17 +281,20 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
     torch.manual_seed(config.seed)
     dbn, num_bits, plan = TimestepDBN(config, level_sizes), sum(level_sizes), Plan.of(config, num_images)
     monolithic = monolithic_rbm(num_bits, sum(p.numel() for p in dbn.parameters()), config.batch_size)
+    small = small_rbm(num_bits, config.batch_size)
     logistic = LogisticChain(config.timesteps, num_bits)
     modules = {
         "autoencoder": BitCodes(level_sizes),
         "dbn": dbn,
         "monolithic_rbm": monolithic,
+        "small_rbm": small,
         "logistic_chain": logistic,
         "independent_bits": IndependentBits(num_bits),
     }
     optimizers = {
         "dbn": rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
+        "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
         "logistic_chain": torch.optim.Adam(logistic.parameters(), lr=config.learning_rate),
     }
     return TrainState(modules, optimizers, total_steps=plan.total_steps, step=plan.autoencoder_steps)
@@ -842,7 +846,7 @@ def test_monolithic_likelihood_matches_enumeration_and_its_size_is_as_asked():
     states = all_bits(6)
     exact = -torch.log_softmax(states @ a + torch.log1p((b + states @ W).exp()).sum(1), 0)
     for sweeps in (0, 30):  # annealed forwards, and backwards from samples
-        actual = monolithic_negative_log_likelihood(rbm, states.float().repeat(32, 1), 100, sweeps)[:64]
+        actual = negative_log_likelihood(rbm, states.float().repeat(32, 1), 100, sweeps)[:64]
         torch.testing.assert_close(actual.to(DOUBLE), exact, rtol=0, atol=0.03)  # one log Z: 2048 weights of spread < 0.3
 
 

@@ -21,7 +21,7 @@ class Config(BaseConfig):
             "dataset": "cifar10_airplane", "timesteps": 50, "batch_size": 32, "epochs_per_timestep": 100, "gibbs_sweeps": 1,
             "learning_rate": 2e-3,
             "code_channels": (4, 8, 16), "hidden_units": (512, 256, 256), "autoencoder_epochs": 100, "autoencoder_width": 96,
-            "baseline_epochs": 20, "ais_temperatures": 1000,
+            "ais_temperatures": 1000,
         },
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ class Config(BaseConfig):
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
     baseline_epochs: int = Field(default=100, ge=1)
-    """Passes over the training codes for the monolithic RBM and the factorised logistic step."""
+    """Passes over the training codes for the plain RBMs and the factorised logistic step."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
     """Rate of the baselines' optimizers, lowered to a tenth by a cosine."""
 
@@ -108,6 +108,7 @@ _BRIEF = "brief: the chain must beat its baselines, or the report says so"
 TARGETS = (
     Target("chain/nats_per_bit", "<", "independent_bits/nats_per_bit", _REAL, _BRIEF),
     Target("chain/nats_per_bit", "<", "monolithic_rbm/nats_per_bit", _REAL, _BRIEF),
+    Target("chain/nats_per_bit", "<", "small_rbm/nats_per_bit", _REAL, "trainbook: an RBM of fitting width is the stronger one"),
     Target("chain/nats_per_bit", "<", "logistic_chain/nats_per_bit", _REAL, _BRIEF),
     Target("chain/end_bit_error", "<", "logistic_chain/end_bit_error", _REAL, "note 2.9, item 8"),
     Target("chain/sample_covariance_error", "<", "independent_bits/sample_covariance_error", _REAL, _BRIEF),

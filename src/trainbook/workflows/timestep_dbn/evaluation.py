@@ -11,7 +11,7 @@ from torch import Tensor
 from trainbook.data import Data
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
-from trainbook.workflows.timestep_dbn.baselines import monolithic_negative_log_likelihood
+from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, negative_log_likelihood
 from trainbook.workflows.timestep_dbn.chain import (
     bound,
     diffuse,
@@ -97,22 +97,25 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
     """-ln p of held-out codes per bit for every model, with standard errors over images.
 
     Where annealing is needed, `nats_per_bit` is its unflattering direction for our chain and its flattering one for the
-    monolithic RBM; `nats_per_bit_other_direction` is the other. The truth lies between the two.
+    plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two.
     """
     bits = torch.cat(test, 1)
     dbn, logistic = state.modules["dbn"], state.modules["logistic_chain"]
     clean = list(bits.split(dbn.level_sizes, 1))
     negative_logs, noisy = logistic.negative_log_steps(bits, schedule)
     logistic_terms = negative_logs - posterior_entropy([noisy], [bits], schedule, 0, config.timesteps)
-    rbm, temperatures = state.modules["monolithic_rbm"], config.ais_temperatures
-    sweeps = REVERSE_SWEEPS * config.sampling_sweeps
+    temperatures, sweeps = config.ais_temperatures, REVERSE_SWEEPS * config.sampling_sweeps
+    rbms = {name: state.modules[name] for name in RBM_BASELINES}
     values = {
         "chain/nats_per_bit": bound(dbn, clean, schedule, temperatures, sweeps).sum(0),
-        "monolithic_rbm/nats_per_bit": monolithic_negative_log_likelihood(rbm, bits, temperatures),
+        **{f"{name}/nats_per_bit": negative_log_likelihood(rbm, bits, temperatures) for name, rbm in rbms.items()},
         "logistic_chain/nats_per_bit": logistic_terms.sum(0) + prior_divergence([bits], schedule),
         "independent_bits/nats_per_bit": state.modules["independent_bits"].negative_log_likelihood(bits),
         "chain/nats_per_bit_other_direction": bound(dbn, clean, schedule, temperatures).sum(0),
-        "monolithic_rbm/nats_per_bit_other_direction": monolithic_negative_log_likelihood(rbm, bits, temperatures, sweeps),
+        **{
+            f"{name}/nats_per_bit_other_direction": negative_log_likelihood(rbm, bits, temperatures, sweeps)
+            for name, rbm in rbms.items()
+        },
     }
     metrics = {name: float(value.mean()) / bits.shape[1] for name, value in values.items()}
     spread = {
@@ -188,16 +191,16 @@ def sample_errors(
     reference, pool = torch.cat(test, 1), torch.cat(train, 1)
     num_samples = min(config.num_samples, len(pool))
     drawn = pool[torch.randperm(len(pool), device="cpu")[:num_samples].to(pool.device)]
-    rbm = state.modules["monolithic_rbm"]
     zeros = torch.zeros(1, 1, pool.shape[1], device=pool.device)
-    block = rbm.block(0, 1)
     start = torch.bernoulli(state.modules["independent_bits"].mean.expand(num_samples, -1)).unsqueeze(0)
     sweeps = config.sampling_sweeps * config.timesteps  # as many as the chain gets
     samples = {
         who: sample_trajectory(step, num_samples, pool.shape[1], config.timesteps, pool.device)[-1]
         for who, step in reverse_steps(config, state, schedule).items()
     }
-    samples["monolithic_rbm"] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
+    for name in RBM_BASELINES:
+        block = state.modules[name].block(0, 1)
+        samples[name] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
     samples["training_data"] = drawn
     metrics = {}
     for who, bits in samples.items():

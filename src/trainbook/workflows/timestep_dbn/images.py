@@ -33,7 +33,8 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     else:
         train, test = _from_file(Path(config.data_file))
         source, licence = f"file {Path(config.data_file).name}", "the user's"
-    return _with_own_test(train, test, source, licence, config).to(runtime.device)
+    synthetic = None if config.dataset == "file" else False
+    return _with_own_test(train, test, source, licence, synthetic, config).to(runtime.device)
 
 
 def _digits(config: Config) -> Data:
@@ -53,7 +54,9 @@ def _digits(config: Config) -> Data:
     )
 
 
-def _with_own_test(train: np.ndarray, test: np.ndarray, source: str, licence: str, config: Config) -> Data:
+def _with_own_test(
+    train: np.ndarray, test: np.ndarray, source: str, licence: str, synthetic: bool | None, config: Config
+) -> Data:
     train, test = (_as_images(array) for array in (train, test))
     num_valid = round(len(train) * VALID_SHARE)
     return Data(
@@ -63,7 +66,7 @@ def _with_own_test(train: np.ndarray, test: np.ndarray, source: str, licence: st
         source=source,
         licence=licence,
         sha256=content_sha256([train, test]),
-        synthetic=False,
+        synthetic=synthetic,
     )
 
 

@@ -14,7 +14,7 @@ from trainbook.records import Record
 from trainbook.runtime import Runtime
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
-from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm
+from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
@@ -70,6 +70,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
         "autoencoder": BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width),
         "dbn": dbn,
         "monolithic_rbm": monolithic_rbm(sum(sizes), num_parameters, config.batch_size),
+        "small_rbm": small_rbm(sum(sizes), config.batch_size),
         "logistic_chain": LogisticChain(config.timesteps, sum(sizes)),
         "independent_bits": IndependentBits(sum(sizes)),
     }
@@ -82,7 +83,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     }
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
-        optimizers["monolithic_rbm"] = rbm_adam(config, [rbm_views(modules["monolithic_rbm"], 0, 1)])
+        optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
     return TrainState(modules, optimizers, total_steps=plan.total_steps, stage=AUTOENCODER)
 
 
@@ -272,27 +273,30 @@ def _epoch_metrics(
 
 
 def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, plan: Plan) -> Iterator[Record]:
-    """The monolithic RBM by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
+    """The plain RBMs by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
     bits = torch.cat(codes, 1)
-    rbm, logistic = state.modules["monolithic_rbm"], state.modules["logistic_chain"]
+    logistic, logistic_optimizer = state.modules["logistic_chain"], state.optimizers["logistic_chain"]
     schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
-    if state.step == plan.chain_end:
+    fresh = state.step == plan.chain_end
+    rbms = {name: state.modules[name] for name in RBM_BASELINES}
+    if fresh:
         state.modules["independent_bits"].fit(bits)
-        rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
-    view = rbm_views(rbm, 0, 1)
-    step_optimizer = _attach_optimizer(config, state, "monolithic_rbm", [view], fresh=state.step == plan.chain_end)
-    logistic_optimizer = state.optimizers["logistic_chain"]
-    block, field, context = Block(*view), bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
+        for rbm in rbms.values():
+            rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
+    views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
+    step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
+    field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
         batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
         rate = cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps)
-        with torch.no_grad():
-            bias, data = block.context_bias(context), batch.unsqueeze(0)
-            update = rbm_update(config, view, rate)
-            contrastive_step(block, rbm.chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
-        step_optimizer(rate)
+        for name, view in views.items():
+            with torch.no_grad():
+                block, data = Block(*view), batch.unsqueeze(0)
+                bias, update = block.context_bias(context), rbm_update(config, view, rate)
+                contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
+            step_optimizers[name](rate)
         _set_rate(logistic_optimizer, rate)
         loss = logistic.loss(batch, schedule)
         logistic_optimizer.zero_grad()
