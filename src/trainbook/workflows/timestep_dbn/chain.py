@@ -140,9 +140,10 @@ def bound(dbn: TimestepDBN, clean: Sequence[Tensor], schedule: FlipSchedule, tem
     T = schedule.timesteps
     terms = [prior_divergence(clean, schedule)]
     rows = max(1, EVALUATION_ROWS // len(clean[0]))
+    transitions = diffuse(clean, schedule, 0, T)  # drawn first: from one random state, both directions see the same
     for start in range(0, T, rows):
         stop = min(start + rows, T)
-        previous, noisy = diffuse(clean, schedule, start, stop)
+        previous, noisy = ([bits[start:stop] for bits in levels] for levels in transitions)
         blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
         total = torch.zeros(previous[0].shape[:2], device=previous[0].device)
         for block, z, f, (_, bias) in zip(blocks, previous, field, dbn.contexts(blocks, previous, noisy), strict=True):

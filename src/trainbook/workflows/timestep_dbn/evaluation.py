@@ -106,12 +106,14 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
     logistic_terms = negative_logs - posterior_entropy([noisy], [bits], schedule, 0, config.timesteps)
     temperatures, sweeps = config.ais_temperatures, REVERSE_SWEEPS * config.sampling_sweeps
     rbms = {name: state.modules[name] for name in RBM_BASELINES}
+    with torch.random.fork_rng():
+        flattering = bound(dbn, clean, schedule, temperatures).sum(0)
     values = {
         "chain/nats_per_bit": bound(dbn, clean, schedule, temperatures, sweeps).sum(0),
         **{f"{name}/nats_per_bit": negative_log_likelihood(rbm, bits, temperatures) for name, rbm in rbms.items()},
         "logistic_chain/nats_per_bit": logistic_terms.sum(0) + prior_divergence([bits], schedule),
         "independent_bits/nats_per_bit": state.modules["independent_bits"].negative_log_likelihood(bits),
-        "chain/nats_per_bit_other_direction": bound(dbn, clean, schedule, temperatures).sum(0),
+        "chain/nats_per_bit_other_direction": flattering,
         **{
             f"{name}/nats_per_bit_other_direction": negative_log_likelihood(rbm, bits, temperatures, sweeps)
             for name, rbm in rbms.items()
