@@ -110,8 +110,14 @@ TARGETS = (
     Target("chain/nats_per_bit", "<", "monolithic_rbm/nats_per_bit", _REAL, _BRIEF),
     Target("chain/nats_per_bit", "<", "small_rbm/nats_per_bit", _REAL, "trainbook: an RBM of fitting width is the stronger one"),
     Target("chain/nats_per_bit", "<", "logistic_chain/nats_per_bit", _REAL, _BRIEF),
-    Target("chain/end_bit_error", "<", "logistic_chain/end_bit_error", _REAL, "note 2.9, item 8"),
+    Target(
+        "chain/end_bit_error",
+        "<",
+        "logistic_chain/end_bit_error",
+        _REAL,
+        "trainbook: a chain that knows joint structure must undo noise better",
+    ),
     Target("chain/sample_covariance_error", "<", "independent_bits/sample_covariance_error", _REAL, _BRIEF),
     Target("autoencoder/dead_bit_share", "<=", 0.05, _REAL, "trainbook: fewer than 1 in 20 bits unused"),
-    Target("chain/final_flip_probability", ">=", 0.49, _REAL, "note 2.3: the forward chain must reach noise"),
+    Target("chain/final_flip_probability", ">=", 0.49, _REAL, "trainbook: the forward process must end in noise"),
 )
