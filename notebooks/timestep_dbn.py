@@ -94,7 +94,8 @@ run.curves()
 # independent bits and an upper bound for the two chains (one drawn transition per timestep and image). The partition
 # functions are annealed in both directions, which brackets the truth: `nats_per_bit` takes the direction that does not
 # flatter for our chain and the one that does for the plain RBMs; `other direction` is the other. Where the two are
-# far apart, neither is to be trusted. `end_bit_error` is the share of wrong bits after undoing noise that flipped just
+# far apart, neither is to be trusted. `nats per bit above chain` is the difference image by image, with the standard
+# error of that. `end_bit_error` is the share of wrong bits after undoing noise that flipped just
 # under a quarter of them. `sample_covariance_error` compares samples with held-out codes; the column `training data` is
 # the floor that finite sampling alone gives.
 
