@@ -2,12 +2,13 @@
 
 import json
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from trainbook import engine as engine_module
 from trainbook.engine import Engine, seed_step
 from trainbook.errors import RunFailed
 from trainbook.records import Record, RunFolder
@@ -42,16 +43,18 @@ def test_milestones_are_saved(tmp_path):
     assert saved(engine) == [3, 7, 10]
 
 
-def test_checkpoints_follow_the_clock(tmp_path):
+def test_checkpoints_follow_the_clock(tmp_path, monkeypatch):
     engine, state = make(tmp_path, keep=100, checkpoint_seconds=0.05)
+    clock = [0.0]
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def slow():
         for record in steps(state):
-            time.sleep(0.03)
+            clock[0] += 0.03
             yield record
 
     engine.follow(slow(), state)
-    assert 3 <= len(saved(engine)) <= 6  # 0.3 s of steps, one save every second step
+    assert saved(engine) == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
