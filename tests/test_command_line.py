@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.driving import SMALL_DBN
+from tests.driving import SMALL_DBN, Drive
 from trainbook.__main__ import main
 from trainbook.files import read_json
 from trainbook.records import RunFolder
@@ -135,6 +135,17 @@ def test_a_killed_kernel_is_recorded_as_failed(interrupted, tmp_path):
     assert process.wait(60) == 1
     assert folder.summary()["status"] == "failed"
     assert "kernel died" in folder.summary()["why"]
+
+
+def test_a_mistake_on_resuming_a_run_that_was_cut_off_leaves_it_as_it_was(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (160, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", train=pixels[:130], test=pixels[130:])
+    overrides = {**SMALL_DBN, "dataset": "file", "data_file": str(tmp_path / "mine.npz"), "max_train_images": 96}
+    assert Drive(tmp_path / "runs", "cut", overrides, signal_step=50)() == -signal.SIGKILL
+    (tmp_path / "mine.npz").unlink()
+    resumed = trainbook("resume", "cut")
+    assert (resumed.returncode, "cannot read images" in resumed.stderr) == (2, True), resumed.stdout + resumed.stderr
+    assert RunFolder(tmp_path / "runs" / "cut").summary()["status"] == "running"
 
 
 def test_report_and_compare(interrupted):

@@ -130,7 +130,11 @@ def test_opening_a_complete_run_again_changes_nothing():
     run = finished_by_hand()
     assert run.finish().startswith("complete")
     before = run.folder.run_json.read_bytes()
+    for picture in run.folder.figures.iterdir():
+        picture.write_bytes(b"as it was drawn then")
     again = finished_by_hand()
+    again.curves()
+    assert {picture.read_bytes() for picture in run.folder.figures.iterdir()} == {b"as it was drawn then"}
     assert again.folder.run_json.read_bytes() == before
     assert again.finish().startswith("complete")
     assert again.folder.run_json.read_bytes() == before

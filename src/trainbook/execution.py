@@ -86,8 +86,9 @@ def _judge(folder: RunFolder, error: BaseException | None, stop_requested: bool)
         print("Interrupted before training began; there is nothing to resume.", file=sys.stderr)
         return EXIT_CODES["failed"]
     status = folder.summary()["status"] if folder.run_json.exists() else ""
-    if status == "running" and folder.training_process() is None:
-        # The kernel is gone and could not say so itself: killed, out of memory, or stopped while it evaluated.
+    if status == "running" and folder.training_process() is None and not isinstance(error, PapermillExecutionError):
+        # The kernel is gone and could not say so itself: killed, out of memory, or stopped while it evaluated. An error
+        # in a cell is another matter: the kernel lived, and a run that had been cut off before stays as it was.
         status, why = ("stopped", "interrupted") if stop_requested else ("failed", f"the kernel died: {error}")
         write_json(folder.run_json, {**folder.summary(), "status": status, "why": why})
     if stop_requested and status == "stopped":

@@ -6,7 +6,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import ModuleType
 from typing import Any
@@ -82,7 +82,7 @@ def prepare(
             "work in a clone of the repository, and commit or stash the changes",
         )
     run_id = run_id or _unfinished(name, preset, config, authentic, runtime) or new_run_id(name, preset)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
+    if folder is None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
         raise UserError(
             f"{run_id!r} cannot name a run folder", "use letters, digits, '-', '_' and '.'; set TRAINBOOK_RUNS for the place"
         )
@@ -323,8 +323,12 @@ class Run:
         """Draw, save and show the workflow's pictures."""
         if self._unfinished_because:
             return
+        if self._complete_already:
+            for path in sorted(self.folder.figures.glob("*.png")):
+                show(Image(filename=str(path)))
+            return
         seed_step(self.config.seed, DRAWING_STEP)
-        with nullcontext() if self._complete_already else self._segment_recorded():
+        with self._segment_recorded():
             figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
         self._show(figures)
 
@@ -333,10 +337,11 @@ class Run:
         for name, figure in figures.items():
             mark = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
             path = self.folder.figures / f"{name}.png"
-            path.write_bytes(
-                plots.to_png(figure, footnote=" · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part))
-            )
-            show(Image(filename=str(path)))
+            footnote = " · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part)
+            png = plots.to_png(figure, footnote)
+            if not self._complete_already:  # a complete run's files stand in run.json with their checksums
+                path.write_bytes(png)
+            show(Image(png))
 
     def finish(self) -> str:
         """Export the weights, write the report, and run.json last of all."""
