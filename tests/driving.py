@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from trainbook import runtime
+from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
 from trainbook.run import prepare
-from trainbook.state import STATE_FILE
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(

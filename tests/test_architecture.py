@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables"},
-    {"optimization"},
+    {"optimization", "checkpoints"},
     {"state", "data", "records", "plots", "monitor", "layers", "optim"},
     {"engine"},
     {"workflows"},

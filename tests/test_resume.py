@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from tests.driving import SMALL_DBN, STAGES, Drive, assert_same_run, checkpoints, final_state
+from trainbook.checkpoints import read_checkpoint
 from trainbook.files import read_json
-from trainbook.state import read_checkpoint
 
 KILLS_PER_STAGE = 10
 

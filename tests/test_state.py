@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.driving import assert_identical
-from trainbook.state import TrainState, load_newest_checkpoint, read_checkpoint, snapshot, write_checkpoint
+from trainbook.checkpoints import read_checkpoint, write_checkpoint
+from trainbook.state import TrainState, load_newest_checkpoint, snapshot
 
 FILES = ("state.pt", "metadata.json", "manifest.json")
 

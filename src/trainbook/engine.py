@@ -16,11 +16,12 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from trainbook.checkpoints import set_aside_after, write_checkpoint
 from trainbook.errors import RunFailed
 from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
 from trainbook.records import now as now_utc
-from trainbook.state import TrainState, load_newest_checkpoint, set_aside_after, snapshot, write_checkpoint
+from trainbook.state import TrainState, load_newest_checkpoint, snapshot
 
 logger = logging.getLogger("trainbook")
 

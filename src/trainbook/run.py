@@ -173,8 +173,12 @@ class Run:
             [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]],
         )
 
-    def train(self, checkpoint_seconds: float = 60.0, progress: bool = True) -> None:
+    def train(self, checkpoint_seconds: float | None = None, progress: bool = True) -> None:
         """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
+
+        Args:
+            checkpoint_seconds: at most this much work is lost to a kill; None: what the runtime says.
+            progress: show a progress bar.
 
         Raises:
             RunFailed: on a non-finite value or a checkpoint that cannot be written; the checkpoints before it are whole.
@@ -197,7 +201,7 @@ class Run:
                 self.runtime.device,
                 self.config.seed,
                 self.runtime.deadline,
-                checkpoint_seconds=checkpoint_seconds,
+                checkpoint_seconds=self.runtime.checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
                 progress=progress,
             )
             self._segment["first_step"] = engine.restore(self.state)

@@ -18,9 +18,12 @@ from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
+INPUTS, CHECKPOINT_INTERVAL = "TRAINBOOK_INPUTS", "TRAINBOOK_CHECKPOINT_INTERVAL"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 KAGGLE_BUDGET_SECONDS = 11 * 3600  # a Kaggle session is cut at 12 h and a cut session's files may be lost
+KAGGLE_INPUTS = Path("/kaggle/input")
+CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Runtime:
         data_folder: downloads are kept here.
         deadline: `time.monotonic()` value at which training stops and saves, or None.
         price_per_hour: what the machine costs, in the currency of whoever set it, or None.
+        checkpoint_seconds: at most this much work is lost to a kill.
+        input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
         reasons: for platform, device, dtype and time budget, why.
     """
 
@@ -45,6 +50,8 @@ class Runtime:
     data_folder: Path
     deadline: float | None
     price_per_hour: float | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    input_folders: tuple[Path, ...] = ()
     log_level: str = "INFO"
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +63,7 @@ class Runtime:
             ["runs", str(self.runs_folder), f"${RUNS} or ./runs"],
             ["data", str(self.data_folder), f"${DATA} or the user's cache"],
         ]
+        folders += [["inputs", str(folder), "runs lying there are continued"] for folder in self.input_folders]
         return [[name, value, self.reasons.get(name, "")] for name, value in chosen.items()] + folders
 
     def device_name(self) -> str:
@@ -88,6 +96,8 @@ def detect() -> Runtime:
         data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
         deadline=None if budget is None else time.monotonic() + budget,
         price_per_hour=_price(),
+        checkpoint_seconds=_checkpoint_seconds(),
+        input_folders=_input_folders(where),
         log_level=level,
         reasons={
             "platform": platform_reason,
@@ -122,9 +132,26 @@ def runs_folder() -> Path:
 
 
 def export(**settings: str | None) -> None:
-    """Put settings (RUNS, DATA, DEVICE, TIME_BUDGET, LOG_LEVEL by those names) where child processes find them."""
-    names = {"runs": RUNS, "data": DATA, "device": DEVICE, "time_budget": TIME_BUDGET, "log_level": LOG_LEVEL}
+    """Put settings (RUNS, DATA, DEVICE, TIME_BUDGET, LOG_LEVEL, ... by those names) where child processes find them."""
+    names = {
+        "runs": RUNS,
+        "data": DATA,
+        "device": DEVICE,
+        "time_budget": TIME_BUDGET,
+        "log_level": LOG_LEVEL,
+        "checkpoint_interval": CHECKPOINT_INTERVAL,
+        "inputs": INPUTS,
+        "price_per_hour": PRICE,
+    }
     os.environ.update({names[key]: value for key, value in settings.items() if value})
+
+
+def import_from(folder: Path) -> None:
+    """Let this process and its children import what lies in a folder, before anything else of that name."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(folder), *filter(None, given)]))
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def parse_duration(text: str) -> float:
@@ -204,6 +231,19 @@ def _price() -> float | None:
         return float(os.environ[PRICE]) if os.environ.get(PRICE) else None
     except ValueError:
         raise UserError(f"{PRICE}={os.environ[PRICE]} is not a number", "give the price of an hour, such as 0.35") from None
+
+
+def _checkpoint_seconds() -> float:
+    seconds = parse_duration(os.environ[CHECKPOINT_INTERVAL]) if os.environ.get(CHECKPOINT_INTERVAL) else CHECKPOINT_SECONDS
+    if seconds <= 0:
+        raise UserError(f"{CHECKPOINT_INTERVAL} must be longer than nothing", "write it like 60s or 5m")
+    return seconds
+
+
+def _input_folders(where: str) -> tuple[Path, ...]:
+    if os.environ.get(INPUTS):
+        return tuple(Path(folder).absolute() for folder in os.environ[INPUTS].split(os.pathsep) if folder)
+    return (KAGGLE_INPUTS,) if where == "kaggle" else ()
 
 
 def _time_budget(where: str) -> tuple[float | None, str]:

@@ -1,10 +1,8 @@
-"""What training carries from step to step, and its checkpoints: atomic, verified, loadable on any device."""
+"""What training carries from step to step, and how it goes into a checkpoint and back, on any device."""
 
-import hashlib
 import io
 import json
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainbook.files import sync_folder, write_atomic, write_synced
+from trainbook.checkpoints import METADATA_FILE, STATE_FILE, numbered, read_checkpoint
 
 logger = logging.getLogger("trainbook")
-
-STATE_FILE, METADATA_FILE, MANIFEST_FILE = "state.pt", "metadata.json", "manifest.json"
 
 
 @dataclass
@@ -89,75 +85,12 @@ def snapshot(state: TrainState, metadata: dict[str, Any]) -> dict[str, bytes]:
     return {STATE_FILE: buffer.getvalue(), METADATA_FILE: described}
 
 
-def write_checkpoint(folder: Path, step: int, files: dict[str, bytes], keep: int) -> Path:
-    """Write `folder/<step>` so that it is either whole or not there, then drop all but the `keep` newest.
-
-    Files are written to a folder beside it and fsynced, the manifest with every file's SHA-256 last, then the folder
-    is renamed. A crash or a full disk at any moment leaves the checkpoints before it as they were.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        step: names the checkpoint.
-        files: from `snapshot`.
-        keep: how many checkpoints stay, at least 1.
-
-    Raises:
-        OSError: when writing fails; nothing is left behind.
-    """
-    entries = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()}
-    manifest = _compact({"files": entries, "sha256": _digest(entries)})
-    final = folder / f"{step:010d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for name, content in {**files, MANIFEST_FILE: manifest}.items():
-            write_synced(partial / name, content)
-        sync_folder(partial)
-        if final.exists():  # the same step again, after a resume that trained nothing
-            shutil.rmtree(final)
-        partial.rename(final)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    write_atomic(folder / "latest", final.name.encode())
-    sync_folder(folder)
-    for old in _numbered(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, bytes]:
-    """The files of one checkpoint, each checked against the manifest.
-
-    Raises:
-        ValueError: naming the file that is missing, cut short or altered.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
-        entries, digest = manifest["files"], manifest["sha256"]
-        intact = digest == _digest(entries) and entries.keys() == {STATE_FILE, METADATA_FILE}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{checkpoint.name}: {MANIFEST_FILE} cannot be read ({error})") from None
-    if not intact:
-        raise ValueError(f"{checkpoint.name}: {MANIFEST_FILE} was altered")
-    contents = {}
-    for name, entry in entries.items():
-        try:
-            contents[name] = (checkpoint / name).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{checkpoint.name}: {name} cannot be read ({error})") from None
-        if hashlib.sha256(contents[name]).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{checkpoint.name}: {name} was cut short or altered")
-    return contents
-
-
 def load_newest_checkpoint(folder: Path, state: TrainState, device: str) -> dict[str, Any] | None:
     """Put the newest whole checkpoint into `state` and return its metadata; None when there is none.
 
     A torn or altered checkpoint is skipped with a warning.
     """
-    for checkpoint in _numbered(folder):
+    for checkpoint in numbered(folder):
         try:
             contents = read_checkpoint(checkpoint)
         except ValueError as error:
@@ -166,24 +99,3 @@ def load_newest_checkpoint(folder: Path, state: TrainState, device: str) -> dict
         state.load_state_dict(torch.load(io.BytesIO(contents[STATE_FILE]), map_location=device, weights_only=True))
         return json.loads(contents[METADATA_FILE])
     return None
-
-
-def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints later than `step` to `.torn-...`: a resumed run writes those steps anew, and pruning goes by number."""
-    for checkpoint in _numbered(folder):
-        if int(checkpoint.name) > step:
-            aside = folder / f".torn-{checkpoint.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-
-
-def _numbered(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()), reverse=True)
-
-
-def _compact(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _digest(entries: dict[str, Any]) -> str:
-    return hashlib.sha256(_compact(entries)).hexdigest()
