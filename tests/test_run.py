@@ -10,8 +10,8 @@ from tests.driving import SMALL_DBN, Drive
 from trainbook import run as run_module
 from trainbook.engine import seed_step
 from trainbook.errors import UserError
-from trainbook.records import measured_times
-from trainbook.run import DRAWING_STEP, EVALUATION_STEP, new_run_id, prepare
+from trainbook.records import measured_times, new_run_id
+from trainbook.run import DRAWING_STEP, EVALUATION_STEP, prepare
 
 
 @pytest.fixture

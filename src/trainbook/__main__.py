@@ -8,7 +8,7 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import BaseConfig, allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json
-from trainbook.records import BAD_INPUT, EXIT_CODES, find_run, measured_times
+from trainbook.records import BAD_INPUT, EXIT_CODES, find_run, measured_times, new_run_id
 from trainbook.tables import Table
 
 DEFAULT_PRESET = "laptop"
@@ -60,8 +60,6 @@ def show(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Train: the notebook, headless."""
-    from trainbook.run import new_run_id
-
     overrides = {name: value for name, value in vars(options).items() if name in catalog.load(options.name).Config.model_fields}
     return _execute(
         options.name,

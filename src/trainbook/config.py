@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -52,15 +53,8 @@ class BaseConfig(BaseModel):
         try:
             return cls(**{**cls.PRESETS[preset], **(overrides or {})})
         except ValidationError as error:
-            raise UserError("\n".join(cls._explain(line) for line in error.errors()), "edit the values above") from None
-
-    @classmethod
-    def _explain(cls, line: dict[str, Any]) -> str:
-        name = ".".join(str(part) for part in line["loc"]) or "config"
-        if line["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, cls.model_fields, n=1)
-            return f"there is no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-        return f"{name} = {line['input']!r}: {line['msg'].removeprefix('Value error, ')}"
+            lines = [explain(line, cls.model_fields) for line in error.errors()]
+            raise UserError("\n".join(lines), "edit the values above") from None
 
     def sha256(self) -> str:
         """SHA-256 of the config's canonical JSON: equal configs, equal digests."""
@@ -79,6 +73,17 @@ class BaseConfig(BaseModel):
             ]
             for name, field in type(self).model_fields.items()
         ]
+
+
+def explain(line: dict[str, Any], fields: Iterable[str]) -> str:
+    """One of pydantic's complaints in one line for a person; `fields` are the names that there are."""
+    name = ".".join(str(part) for part in line["loc"]) or "config"
+    if line["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, fields, n=1)
+        return f"there is no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    if line["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} = {line['input']!r}: {line['msg'].removeprefix('Value error, ')}"
 
 
 def allowed_values(field: FieldInfo) -> str:

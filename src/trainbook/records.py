@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import platform
+import re
 import statistics
 import subprocess
 from contextlib import suppress
@@ -186,6 +187,24 @@ class RunFolder:
                 f"{self.path} is not a run folder: it has no run.json", "give the folder that `trainbook run` printed"
             )
         return read_json(self.run_json)
+
+
+def new_run_id(name: str, preset: str) -> str:
+    """A run id that sorts by time and does not repeat within a microsecond."""
+    return f"{name}-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
+def check_run_id(run_id: str) -> str:
+    """The run id itself, if it can name a folder; empty means that there is none yet.
+
+    Raises:
+        UserError: when it could lead out of the runs folder.
+    """
+    if run_id and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
+        raise UserError(
+            f"{run_id!r} cannot name a run folder", "use letters, digits, '-', '_' and '.'; set TRAINBOOK_RUNS for the place"
+        )
+    return run_id
 
 
 def find_run(name: str, runs_folder: Path) -> RunFolder:

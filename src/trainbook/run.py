@@ -1,13 +1,11 @@
 """A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
 
 import logging
-import re
 import shutil
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +22,9 @@ from trainbook.data import Data
 from trainbook.engine import Engine, seed_step
 from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
+from trainbook.handover import take_over
 from trainbook.monitor import peak_memory_bytes
-from trainbook.records import RunFolder, git_revision, now, provenance
+from trainbook.records import RunFolder, check_run_id, git_revision, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect
 from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
@@ -50,7 +49,7 @@ def start(
         preset: smoke, laptop or full.
         overrides: field name to value, on top of the preset.
         run_id: name of the run folder. A folder of this very config is continued. Empty: continue the newest unfinished
-            run of this config, or start a new one.
+            run of this config, or start a new one. What is not in the runs folder is looked for in the inputs.
         authentic: refuse synthetic data, data without a checksum, and a kit whose files differ from its git revision.
 
     Raises:
@@ -81,12 +80,13 @@ def prepare(
             "authentic runs need an unchanged kit; its files or notebooks differ from the git revision, or there is none",
             "work in a clone of the repository, and commit or stash the changes",
         )
-    run_id = run_id or _unfinished(name, preset, config, authentic, runtime) or new_run_id(name, preset)
-    if folder is None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", run_id):
-        raise UserError(
-            f"{run_id!r} cannot name a run folder", "use letters, digits, '-', '_' and '.'; set TRAINBOOK_RUNS for the place"
-        )
-    return Run(workflow, config, preset, runtime, folder or RunFolder(runtime.runs_folder / run_id), authentic)
+    if folder is None:
+        run_id = check_run_id(run_id) or _unfinished(name, preset, config, authentic, runtime)
+        if not run_id or not (runtime.runs_folder / run_id).exists():
+            identity = _identity(name, preset, config, authentic)
+            run_id = take_over(runtime.input_folders, runtime.runs_folder, identity, run_id) or run_id
+        folder = RunFolder(runtime.runs_folder / (run_id or new_run_id(name, preset)))
+    return Run(workflow, config, preset, runtime, folder, authentic)
 
 
 def show(thing: Any) -> None:
@@ -95,9 +95,15 @@ def show(thing: Any) -> None:
         display(thing)
 
 
-def new_run_id(name: str, preset: str) -> str:
-    """A run id that sorts by time and does not repeat within a microsecond."""
-    return f"{name}-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+def _identity(name: str, preset: str, config: BaseConfig, authentic: bool) -> dict[str, Any]:
+    """What config.json says: equal for two runs that do the same work."""
+    return {
+        "workflow": name,
+        "preset": preset,
+        "authentic": authentic,
+        "config": config.model_dump(mode="json"),
+        "config_sha256": config.sha256(),
+    }
 
 
 def _unfinished(name: str, preset: str, config: BaseConfig, authentic: bool, runtime: Runtime) -> str:
@@ -125,13 +131,7 @@ class Run:
         self.state: TrainState | None = None
         self.summary: dict[str, Any] = {}
         self._trained = False
-        self._identity = {
-            "workflow": workflow.name,
-            "preset": preset,
-            "authentic": authentic,
-            "config": config.model_dump(mode="json"),
-            "config_sha256": config.sha256(),
-        }
+        self._identity = _identity(workflow.name, preset, config, authentic)
         if self.folder.path.exists() and any(self.folder.path.iterdir()):
             self.folder.check(self._identity)
         self._check_writable()
