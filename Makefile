@@ -4,7 +4,7 @@ BIN := .venv/bin
 NAME ?= timestep_dbn
 PRESET ?= laptop
 
-.PHONY: demo test test-slow run lint notebooks benchmarks pins clean
+.PHONY: demo test test-slow test-platforms run lint notebooks benchmarks pins clean
 
 demo: .venv/ready
 	$(BIN)/trainbook run timestep_dbn --preset laptop
@@ -14,6 +14,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o addopts="-ra --strict-markers"
+
+# Installs what it tests against: the front ends and the clients of the platforms.
+test-platforms: .venv/ready
+	$(BIN)/python -m pytest -m platforms -o addopts="-ra --strict-markers"
 
 run: .venv/ready
 	$(BIN)/trainbook run $(NAME) --preset $(PRESET)

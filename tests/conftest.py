@@ -22,7 +22,7 @@ def own_folders(tmp_path, monkeypatch):
         runtime.PRICE,
         runtime.DATA,
         runtime.INPUTS,
-        runtime.CHECKPOINT_INTERVAL,
+        runtime.CHECKPOINT_EVERY,
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(runtime.RUNS, str(tmp_path / "runs"))

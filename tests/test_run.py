@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.driving import SMALL_DBN, Drive
-from trainbook import run as run_module
+from trainbook import records
 from trainbook.engine import seed_step
 from trainbook.errors import UserError
 from trainbook.records import measured_times, new_run_id
@@ -60,10 +60,10 @@ def test_a_stopped_run_is_not_evaluated_but_reported(stopped):
 
 def test_authentic_refuses_a_changed_kit_and_synthetic_or_unsigned_data(monkeypatch):
     for revision in ("abc+changes", None):
-        monkeypatch.setattr(run_module, "git_revision", lambda revision=revision: revision)
+        monkeypatch.setattr(records, "git_revision", lambda revision=revision: revision)
         with pytest.raises(UserError, match="need an unchanged kit"):
             prepare("timestep_dbn", "smoke", authentic=True)
-    monkeypatch.setattr(run_module, "git_revision", lambda: "abc")
+    monkeypatch.setattr(records, "git_revision", lambda: "abc")
     run = prepare("timestep_dbn", "smoke", authentic=True)
     run.load_data()  # real digits with a checksum
     real = run.workflow.load_data(run.config, run.runtime)

@@ -44,7 +44,7 @@ def test_a_spec_is_read_back_as_it_was_written(tmp_path):
         ({"overrides": {"timesteps": 0}}, "timesteps = 0"),
         ({"run_id": "../mine"}, "cannot name a run folder"),
         ({"time_budget": "soon"}, "is not a duration"),
-        ({"checkpoint_interval": "0s"}, "longer than nothing"),
+        ({"checkpoint_every": "0s"}, "longer than nothing"),
         ({"max_price_per_hour": -1}, "max_price_per_hour = -1"),
         ({"budget": float("inf")}, "budget = inf"),
     ],

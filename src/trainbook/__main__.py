@@ -1,17 +1,22 @@
-"""The command line: list, show, run, resume, verify, report, compare, doctor."""
+"""The command line: list, show, run, bundle, resume, verify, report, compare, doctor."""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from trainbook import __version__, catalog, report, runtime
-from trainbook.config import BaseConfig, allowed_values
+from trainbook.config import allowed_values
 from trainbook.errors import RunFailed, UserError
-from trainbook.files import read_json
+from trainbook.files import read_json, write_atomic
 from trainbook.records import BAD_INPUT, EXIT_CODES, find_run, measured_times, new_run_id
+from trainbook.spec import RunSpec
 from trainbook.tables import Table
 
 DEFAULT_PRESET = "laptop"
+PLATFORMS = ("kaggle", "colab", "vastai")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +65,10 @@ def show(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Train: the notebook, headless."""
+    if options.spec:
+        return _run_spec(options.spec, options.name)
+    if not options.name:
+        raise UserError("run what?", "`trainbook run NAME` or `trainbook run --spec run.toml`")
     overrides = {name: value for name, value in vars(options).items() if name in catalog.load(options.name).Config.model_fields}
     return _execute(
         options.name,
@@ -68,6 +77,26 @@ def run(options: argparse.Namespace) -> int:
         options.run_id or new_run_id(options.name, options.preset),
         options.authentic,
     )
+
+
+def bundle(options: argparse.Namespace) -> int:
+    """Write what a platform needs: a self-contained notebook for kaggle or colab, a folder for vastai or any box with ssh."""
+    from trainbook import bundles
+
+    given = {name: value for name, value in vars(options).items() if name in RunSpec.model_fields and name != "workflow"}
+    fields = catalog.load(options.name).Config.model_fields
+    overrides = {name: value for name, value in vars(options).items() if name in fields}
+    spec = RunSpec(workflow=options.name, overrides=overrides, **given)
+    out = Path(options.out)
+    if options.platform == "vastai":
+        print(bundles.build_box(spec, out / f"{spec.workflow}-vastai"))
+        return 0
+    notebook = bundles.build_notebook(options.platform, spec)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{spec.workflow}-{options.platform}.ipynb"
+    write_atomic(path, notebook)
+    print(f"{path} ({len(notebook) / 1000:.0f} kB)")
+    return 0
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -116,7 +145,19 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.well for finding in findings) else EXIT_CODES["failed"]
 
 
-def _execute(name: str, preset: str, overrides: dict[str, Any], run_id: str, authentic: bool) -> int:
+def _run_spec(path: Path, name: str | None) -> int:
+    """Run what a run.toml says, with the notebook that lies beside it if there is one (a box has no source tree)."""
+    if name:
+        raise UserError(f"{path} says what to run, and so does {name}", "give one of the two")
+    spec = RunSpec.read(path).named()
+    runtime.export(**spec.settings())
+    beside = path.absolute().parent / f"{spec.workflow}.ipynb"
+    return _execute(spec.workflow, spec.preset, spec.overrides, spec.run_id, spec.authentic, beside if beside.is_file() else None)
+
+
+def _execute(
+    name: str, preset: str, overrides: dict[str, Any], run_id: str, authentic: bool, notebook: Path | None = None
+) -> int:
     """Check everything that can be checked before a kernel is started, then run the notebook."""
     from trainbook.execution import run_notebook
     from trainbook.run import prepare
@@ -128,6 +169,7 @@ def _execute(name: str, preset: str, overrides: dict[str, Any], run_id: str, aut
         prepared.workflow,
         prepared.folder,
         {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
+        notebook,
     )
     if prepared.folder.run_json.exists():
         summary = prepared.folder.summary()
@@ -151,9 +193,9 @@ def _export(options: argparse.Namespace) -> None:
     runtime.export(**given)
 
 
-def _add_config(parser: argparse.ArgumentParser, config: type[BaseConfig]) -> None:
-    """One option per config field; values stay text, the config class reads and checks them."""
-    for name, field in config.model_fields.items():
+def _add_fields(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
+    """One option per field of a config or spec; values stay text, its class reads and checks them."""
+    for name, field in fields.items():
         text = " ".join((field.description or "").split()).replace("%", "%%")
         allowed = allowed_values(field)
         parser.add_argument(
@@ -182,7 +224,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     show_parser.add_argument("name")
     show_parser.add_argument("--preset", default=DEFAULT_PRESET)
     run_parser = command(run, "run")
-    names = run_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    run_parser.add_argument("--spec", type=Path, help="run what this run.toml says, instead of NAME and its options")
+    names = run_parser.add_subparsers(metavar="NAME", dest="name")
     if arguments[:1] == ["run"]:
         for workflow in _workflows():
             one = names.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
@@ -200,7 +243,18 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
                 help="refuse synthetic data, data without a checksum and a changed kit",
             )
             _add_runtime(one)
-            _add_config(one, workflow.Config)
+            _add_fields(one, workflow.Config.model_fields)
+    bundle_parser = command(bundle, "bundle")
+    bundle_parser.add_argument("platform", choices=PLATFORMS)
+    bundled = bundle_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    if arguments[:1] == ["bundle"]:
+        for workflow in _workflows():
+            one = bundled.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
+            one.add_argument("--out", default="dist", help="folder to write to (default dist)")
+            one.add_argument("--authentic", action="store_true", help=RunSpec.model_fields["authentic"].description)
+            elsewhere = ("workflow", "overrides", "authentic")
+            _add_fields(one, {name: field for name, field in RunSpec.model_fields.items() if name not in elsewhere})
+            _add_fields(one, workflow.Config.model_fields)
     for function, name in ((resume, "resume"), (verify, "verify"), (write_report, "report")):
         one = command(function, name)
         one.add_argument("run", help="run id, or path of the run folder")

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
+from papermill.parameterize import parameterize_notebook
 
 from trainbook.catalog import Workflow
 from trainbook.files import write_json
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
 
 
-def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, Any]) -> int:
+def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, Any], notebook: Path | None = None) -> int:
     """Execute the workflow's notebook with its output shown here, and return the kit's exit code.
 
     Ctrl-C and SIGTERM are passed on to the kernel that trains: it saves and stops, and the notebook runs to its end.
@@ -26,10 +28,12 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
         workflow: what to run.
         folder: its run folder; need not exist yet.
         parameters: values of the notebook's `parameters` cell.
+        notebook: the file, where it is not the one in the source tree.
 
     Returns:
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable; judged by run.json, not by papermill.
     """
+    notebook = notebook or workflow.notebook
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     output = folder.path.parent / f".{folder.path.name}.ipynb"
     errors: list[BaseException] = []
@@ -37,7 +41,7 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
     def execute() -> None:
         try:
             papermill.execute_notebook(
-                str(workflow.notebook),
+                str(notebook),
                 str(output),
                 parameters,
                 progress_bar=False,
@@ -79,6 +83,21 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
         else:
             output.unlink()
     return _judge(folder, errors[0] if errors else None, stop_requested.is_set())
+
+
+def with_parameters(notebook: NotebookNode, parameters: dict[str, Any]) -> NotebookNode:
+    """A notebook with a cell of parameters where papermill puts it, for a platform that runs it without any."""
+    notebook.metadata["papermill"] = {}
+    for cell in notebook.cells:
+        cell.metadata.setdefault("tags", [])
+    notebook = parameterize_notebook(notebook, parameters)
+    del notebook.metadata["papermill"]
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.tags:
+            cell["id"] = "injected-parameters"  # papermill's is drawn at random
+        if not cell.metadata.tags:
+            del cell.metadata["tags"]
+    return notebook
 
 
 def _judge(folder: RunFolder, error: BaseException | None, stop_requested: bool) -> int:

@@ -24,6 +24,7 @@ logger = logging.getLogger("trainbook")
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3, "running": 3}
 BAD_INPUT = 2
+REVISION_FILE = "revision.txt"  # in the kit that a bundle carries
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -255,9 +256,29 @@ def provenance() -> dict[str, Any]:
     return {"trainbook": __version__, "git": git_revision(), "python": platform.python_version(), "packages": versions}
 
 
+def check_unchanged() -> str:
+    """The git revision that the kit is.
+
+    Raises:
+        UserError: when it differs from one, or there is none.
+    """
+    revision = git_revision()
+    if revision is None or revision.endswith("+changes"):
+        raise UserError(
+            "authentic runs need an unchanged kit; its files or notebooks differ from the git revision, or there is none",
+            "work in a clone of the repository, and commit or stash the changes",
+        )
+    return revision
+
+
 def git_revision() -> str | None:
-    """Commit of the tree the kit runs from, "+changes" when its source or notebooks differ from it; None outside git."""
+    """Commit of the tree the kit runs from, "+changes" when its source or notebooks differ from it; None outside git.
+
+    A kit that travels in a bundle says itself which one it is.
+    """
     source = Path(__file__).resolve().parent
+    if (source / REVISION_FILE).is_file():
+        return (source / REVISION_FILE).read_text()
     notebooks = source.parents[1] / "notebooks"
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(source), str(notebooks)])

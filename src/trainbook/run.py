@@ -24,7 +24,7 @@ from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.handover import take_over
 from trainbook.monitor import peak_memory_bytes
-from trainbook.records import RunFolder, check_run_id, git_revision, new_run_id, now, provenance
+from trainbook.records import RunFolder, check_run_id, check_unchanged, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect
 from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
@@ -75,11 +75,8 @@ def prepare(
     config = workflow.Config.from_preset(preset, overrides)
     runtime = detect()
     configure_logging(runtime.log_level)
-    if authentic and folder is None and ((revision := git_revision()) is None or revision.endswith("+changes")):
-        raise UserError(
-            "authentic runs need an unchanged kit; its files or notebooks differ from the git revision, or there is none",
-            "work in a clone of the repository, and commit or stash the changes",
-        )
+    if authentic and folder is None:
+        check_unchanged()
     if folder is None:
         run_id = check_run_id(run_id) or _unfinished(name, preset, config, authentic, runtime)
         if not run_id or not (runtime.runs_folder / run_id).exists():

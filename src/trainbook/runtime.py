@@ -18,12 +18,22 @@ from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
-INPUTS, CHECKPOINT_INTERVAL = "TRAINBOOK_INPUTS", "TRAINBOOK_CHECKPOINT_INTERVAL"
+CHECKPOINT_EVERY, INPUTS = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_INPUTS"
+# The runtime's settings, as the command line and run.toml name them, and where a child process finds them.
+SETTINGS = {
+    "runs": RUNS,
+    "data": DATA,
+    "device": DEVICE,
+    "time_budget": TIME_BUDGET,
+    "log_level": LOG_LEVEL,
+    "checkpoint_every": CHECKPOINT_EVERY,
+    "inputs": INPUTS,
+    "price_per_hour": PRICE,
+}
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 KAGGLE_BUDGET_SECONDS = 11 * 3600  # a Kaggle session is cut at 12 h and a cut session's files may be lost
 KAGGLE_INPUTS = Path("/kaggle/input")
-CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Runtime:
     data_folder: Path
     deadline: float | None
     price_per_hour: float | None = None
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    checkpoint_seconds: float = 60.0
     input_folders: tuple[Path, ...] = ()
     log_level: str = "INFO"
     reasons: dict[str, str] = field(default_factory=dict)
@@ -96,7 +106,7 @@ def detect() -> Runtime:
         data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
         deadline=None if budget is None else time.monotonic() + budget,
         price_per_hour=_price(),
-        checkpoint_seconds=_checkpoint_seconds(),
+        checkpoint_seconds=parse_duration(os.environ.get(CHECKPOINT_EVERY) or "60s"),
         input_folders=_input_folders(where),
         log_level=level,
         reasons={
@@ -132,18 +142,8 @@ def runs_folder() -> Path:
 
 
 def export(**settings: str | None) -> None:
-    """Put settings (RUNS, DATA, DEVICE, TIME_BUDGET, LOG_LEVEL, ... by those names) where child processes find them."""
-    names = {
-        "runs": RUNS,
-        "data": DATA,
-        "device": DEVICE,
-        "time_budget": TIME_BUDGET,
-        "log_level": LOG_LEVEL,
-        "checkpoint_interval": CHECKPOINT_INTERVAL,
-        "inputs": INPUTS,
-        "price_per_hour": PRICE,
-    }
-    os.environ.update({names[key]: value for key, value in settings.items() if value})
+    """Put settings, by their names in `SETTINGS`, where child processes find them."""
+    os.environ.update({SETTINGS[name]: value for name, value in settings.items() if value})
 
 
 def import_from(folder: Path) -> None:
@@ -231,13 +231,6 @@ def _price() -> float | None:
         return float(os.environ[PRICE]) if os.environ.get(PRICE) else None
     except ValueError:
         raise UserError(f"{PRICE}={os.environ[PRICE]} is not a number", "give the price of an hour, such as 0.35") from None
-
-
-def _checkpoint_seconds() -> float:
-    seconds = parse_duration(os.environ[CHECKPOINT_INTERVAL]) if os.environ.get(CHECKPOINT_INTERVAL) else CHECKPOINT_SECONDS
-    if seconds <= 0:
-        raise UserError(f"{CHECKPOINT_INTERVAL} must be longer than nothing", "write it like 60s or 5m")
-    return seconds
 
 
 def _input_folders(where: str) -> tuple[Path, ...]:

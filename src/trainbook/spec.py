@@ -36,7 +36,7 @@ class RunSpec(BaseModel):
     """Refuse synthetic data, data without a checksum and a changed kit."""
     time_budget: str = ""
     """Stop and save after this long in one session, such as 20m or 11h. Empty: what the platform allows."""
-    checkpoint_interval: str = "60s"
+    checkpoint_every: str = "60s"
     """At most this much work is lost when a session is cut off."""
     accelerator: str = ""
     """GPU to ask for, such as T4, L4 or RTX_4090; cpu for none. Empty: what the platform gives first."""
@@ -66,10 +66,10 @@ class RunSpec(BaseModel):
     def _names_a_folder(cls, run_id: str) -> str:
         return check_run_id(run_id)
 
-    @field_validator("time_budget", "checkpoint_interval")
+    @field_validator("time_budget", "checkpoint_every")
     @classmethod
     def _is_a_duration(cls, text: str, info: ValidationInfo) -> str:
-        if (text or info.field_name == "checkpoint_interval") and parse_duration(text) <= 0:
+        if (text or info.field_name == "checkpoint_every") and parse_duration(text) <= 0:
             raise ValueError("must be longer than nothing")
         return text
 
@@ -114,7 +114,7 @@ class RunSpec(BaseModel):
 
     def settings(self) -> dict[str, str]:
         """What `runtime.export` hands to the process that trains."""
-        return {"time_budget": self.time_budget, "checkpoint_interval": self.checkpoint_interval}
+        return {"time_budget": self.time_budget, "checkpoint_every": self.checkpoint_every}
 
 
 def _toml(value: Any) -> str:
