@@ -370,6 +370,18 @@ def test_a_bundle_goes_on_on_kaggle_from_a_read_only_input_bit_for_bit(layout, c
     assert_same_run(finished, colab_run)
 
 
+def test_a_box_folder_runs_with_no_source_tree_and_once_only(images, tmp_path):
+    box = bundles.build_box(SPEC.model_copy(update={"overrides": {}}), tmp_path / "box")
+    kit = unzipped(box / bundles.WHEEL_NAME, tmp_path / "kit")
+    command = [images["kaggle"], "-m", "trainbook", "run", "--spec", "run.toml"]
+    done = platform_images.run_offline(command, box, PYTHONPATH=str(kit))
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = RunFolder(box / "runs" / "mine").run_json.read_bytes()
+    assert RunFolder(box / "runs" / "mine").summary()["status"] == "complete"
+    again = platform_images.run_offline(command, box, PYTHONPATH=str(kit))
+    assert (again.returncode, RunFolder(box / "runs" / "mine").run_json.read_bytes()) == (0, written), again.stderr
+
+
 @pytest.mark.platforms
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundle_runs_with_the_front_end_of_colab(name, tmp_path):
@@ -377,4 +389,7 @@ def test_a_bundle_runs_with_the_front_end_of_colab(name, tmp_path):
     if reason := platform_images.why_not_offline() or (importlib.util.find_spec("uv") is None and "uv is not installed"):
         pytest.skip(reason)
     python = platform_images.make_image(tmp_path / "image", "colab", platform_images.COLAB_FRONT_END)
+    code = "import IPython, ipywidgets, ipykernel; print(IPython.__version__, ipywidgets.__version__, ipykernel.__version__)"
+    versions = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True).stdout
+    assert versions == "7.34.0 7.7.1 6.17.1\n"
     execute(python, "colab", name, tmp_path / "session")
