@@ -15,15 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Every test has its own working folder and run folders, and no setting of the person who runs it."""
-    for name in (
-        runtime.DEVICE,
-        runtime.TIME_BUDGET,
-        runtime.LOG_LEVEL,
-        runtime.PRICE,
-        runtime.DATA,
-        runtime.INPUTS,
-        runtime.CHECKPOINT_EVERY,
-    ):
+    for name in runtime.SETTINGS.values():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(runtime.RUNS, str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)

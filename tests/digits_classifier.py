@@ -1,16 +1,18 @@
 """A small classifier of scikit-learn's digits: the test bed of everything that `optim` and the engine offer."""
 
+import os
 from typing import ClassVar
 
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from trainbook.data import Data, batch_indices, content_sha256
-from trainbook.optim import Stepper, averaged_copy, cross_entropy, make_optimizer, split_batch
+from trainbook import distributed
+from trainbook.data import Batches, Data, content_sha256
+from trainbook.fitting import Stage
+from trainbook.optim import cross_entropy
 from trainbook.optimization import OptimizationConfig
 from trainbook.plots import new_figure
-from trainbook.records import Record
 from trainbook.state import TrainState
 
 TARGETS = ()
@@ -43,29 +45,39 @@ def draw_data(config, data):
 
 def build(config, data, runtime):
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(64, 10))
-    optimizer = make_optimizer(model, config)
-    ema = averaged_copy(model) if config.ema_decay else None
-    stepper = Stepper(model, optimizer, config, config.steps, ema)
-    return TrainState({"model": model}, {"model": optimizer}, {"stepper": stepper}, total_steps=config.steps, stage="fit")
+    model.to(runtime.device)
+    stage = Stage("fit", model, config, config.steps)
+    return TrainState({"model": model}, stateful={"fit": stage}, total_steps=config.steps)
 
 
 def train(config, data, state):
-    model, stepper = state.modules["model"], state.stateful["stepper"]
-    images, labels = data.train["images"], data.train["labels"]
-    while state.step < config.steps:
-        indices = batch_indices(config.seed, state.step, len(images), config.batch_size)
-        batches = split_batch((images[indices], labels[indices]), config.accumulation)
-        metrics = stepper.step(state.step, batches, lambda batch: cross_entropy(model(batch[0]), batch[1], config))
-        state.step += 1
-        yield Record(metrics)
+    def loss(model, batch):
+        logits = model(batch["images"])
+        return cross_entropy(logits, batch["labels"], config), {"accuracy": accuracy(logits, batch["labels"])}
+
+    def validate(model):
+        logits = model(data.valid["images"])
+        return {
+            "valid_loss": cross_entropy(logits, data.valid["labels"], config),
+            "valid_accuracy": accuracy(logits, data.valid["labels"]),
+        }
+
+    batches = Batches(data.train, config.seed, config.batch_size, config.batch_scaling)
+    signal_step, number = map(int, os.environ.get("TEST_SIGNAL", "-1 0").split())
+    for record in state.stateful["fit"].train(state, batches, loss, validate):
+        if state.step == signal_step and distributed.rank() == 0:
+            os.kill(os.getpid(), number)
+        yield record
+
+
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).float().mean()
 
 
 @torch.no_grad()
 def evaluate(config, data, state):
-    model = state.stateful["stepper"].ema or state.modules["model"].eval()
-    correct = (model(data.test["images"]).argmax(1) == data.test["labels"]).float().mean()
-    state.modules["model"].train()
-    return {"model/accuracy": float(correct), "guess/accuracy": 0.1}
+    logits = state.modules["model"].eval()(data.test["images"])
+    return {"model/accuracy": float(accuracy(logits, data.test["labels"])), "guess/accuracy": 0.1}
 
 
 def draw(config, data, state, history):

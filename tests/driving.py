@@ -17,6 +17,8 @@ from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
 from trainbook.run import prepare
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIGNAL = "TEST_SIGNAL"  # step and number of the signal that the first of several processes sends itself
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     [
@@ -47,7 +49,9 @@ class Drive:
 
     Attributes:
         workflow: a workflow's name, or the dotted path of a module that keeps the contract.
-        signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later.
+        signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later; of
+            several processes to the first, at once.
+        processes, shard: how many train together, and whether each keeps a slice of the weights.
         file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
     """
 
@@ -61,6 +65,8 @@ class Drive:
     delay: float = 0.0
     file_limit: int = 0
     time_budget: str = ""
+    processes: int = 1
+    shard: bool = False
 
     def __call__(self) -> int:
         """Start the child, wait for it, and return its exit code (negative: the signal that ended it)."""
@@ -78,11 +84,17 @@ def _session(drive: Drive) -> None:
     torch.set_num_threads(1)
     os.environ[runtime.TIME_BUDGET] = drive.time_budget
     os.environ[runtime.RUNS] = str(drive.runs)
+    os.environ[runtime.PROCESSES] = str(drive.processes)
+    os.environ[runtime.SHARD] = "1" if drive.shard else ""
     workflow = importlib.import_module(drive.workflow) if "." in drive.workflow else drive.workflow
     run = prepare(workflow, "smoke", drive.overrides, drive.run_id)
     run.load_data()
     run.build()
-    run.workflow = _Disturbed(run.workflow, drive)
+    if drive.processes == 1:
+        run.workflow = _Disturbed(run.workflow, drive)
+    else:  # they build the workflow themselves
+        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ[SIGNAL] = f"{drive.signal_step} {drive.signal_number}"
     run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
 
 

@@ -1,19 +1,25 @@
 """The command line as a person uses it: real processes, exit codes 0, 1, 2, 3, one clear message for a mistake."""
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.driving import SMALL_DBN, Drive
+from tests import digits_classifier
+from tests.driving import SMALL_DBN, Drive, assert_same_run, checkpoints
+from trainbook import __main__ as command_line
+from trainbook import runtime
 from trainbook.__main__ import main
 from trainbook.files import read_json
 from trainbook.records import RunFolder
+from trainbook.run import prepare
 
 # Slow enough to be interrupted, quick enough for a test.
 LONG_DBN = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL_DBN | {"epochs_per_timestep": 400}).items()]
@@ -260,9 +266,71 @@ def test_a_run_that_learns_nothing_exits_1_and_says_why(tmp_path):
     summary = RunFolder(tmp_path / "runs" / "bad").summary()
     assert summary["status"] == "failed"
     assert "made no update" in summary["why"]
-    assert "Traceback" in (tmp_path / "runs" / "bad" / "run.log").read_text()
+    assert "Traceback" in (tmp_path / "runs" / "bad" / "logs" / "run.log").read_text()
 
 
 def test_doctor_finds_this_machine_well(capsys):
     assert main(["doctor"]) == 0
     assert "NOT OK" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """A run cut off at step 30 of 40, checkpoints of steps 11 to 30 kept, and a whole one; `resume` trains without a notebook."""
+    monkeypatch.setenv(runtime.KEEP, "20")
+    monkeypatch.setenv(runtime.RUNS, str(runtime.runs_folder()))  # `resume` sets it again
+
+    def train(name, preset, overrides, run_id, authentic, until=40):
+        run = prepare(digits_classifier, preset, overrides, run_id, authentic)
+        run.load_data()
+        run.build()
+        steps = digits_classifier.train(run.config, run.data, run.state)
+        run.workflow = SimpleNamespace(train=lambda *_: itertools.islice(steps, until), name=run.workflow.name)
+        run.train(checkpoint_seconds=1e-6, progress=False)
+        run.folder.unlock()
+        return run.folder
+
+    monkeypatch.setattr(command_line, "_execute", lambda *arguments: train(*arguments) and 0)
+    overrides = {"steps": 40, "validate_every": 4, "ema_decay": 0.9}
+    whole = train("", "smoke", overrides, "whole", False)
+    mine = train("", "smoke", overrides, "mine", False, until=30)
+    assert [int(path.name) for path in checkpoints(mine)] == list(range(11, 31))
+    return mine, whole
+
+
+def test_resume_goes_back_to_a_step_and_ends_where_it_would_have(kept):
+    mine, whole = kept
+    assert main(["resume", "mine", "--step", "17"]) == 0
+    assert mine.summary()["segments"][-1]["first_step"] == 17
+    assert_same_run(mine, whole)
+    aside = sorted(path.name for path in mine.checkpoints.glob(".torn-*"))
+    assert aside == [f".torn-{step:010d}" for step in range(18, 31)]
+
+
+def test_resume_at_an_unknown_step_names_those_there_are(kept, capfd):
+    mine, _ = kept
+    before = sorted(mine.checkpoints.iterdir())
+    assert main(["resume", "mine", "--step", "7"]) == 2
+    said = capfd.readouterr().err
+    assert "there is no checkpoint of step 7" in said
+    assert f"choose one of: {', '.join(map(str, range(11, 31)))}" in said
+    assert sorted(mine.checkpoints.iterdir()) == before
+
+
+def test_resume_at_a_step_whose_checkpoint_is_torn_is_refused(kept, capfd):
+    mine, _ = kept
+    (mine.checkpoints / "0000000017" / "state.pt").write_bytes(b"torn")
+    before = sorted(mine.checkpoints.iterdir())
+    assert main(["resume", "mine", "--step", "17"]) == 2
+    assert "0000000017: state.pt was cut short or altered" in capfd.readouterr().err
+    assert sorted(mine.checkpoints.iterdir()) == before
+
+
+def test_resume_at_a_step_leaves_a_run_alone_that_is_training(kept, capfd):
+    mine, _ = kept
+    before = sorted(mine.checkpoints.iterdir())
+    mine.lock()
+    assert main(["resume", "mine", "--step", "17"]) == 2
+    mine.unlock()
+    assert "is training in" in capfd.readouterr().err
+    assert sorted(mine.checkpoints.iterdir()) == before

@@ -1,9 +1,12 @@
-"""Batch order: a function of (seed, step), each epoch a permutation."""
+"""Batch order: a function of (seed, step), each epoch a permutation, whoever reads the batches."""
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from trainbook.data import batch_indices, content_sha256
+from trainbook import distributed
+from trainbook.data import Batches, batch_indices, content_sha256
+from trainbook.seeding import seed_step
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (13, 4), (7, 7)])
@@ -41,3 +44,100 @@ def test_content_digest_sees_values_shapes_and_types():
     digests = {content_sha256([t]) for t in (x, x.view(2, 3), x.double(), x + 1)}
     assert len(digests) == 4
     assert content_sha256([x]) == content_sha256([x.clone()])
+
+
+VALUES = torch.arange(26.0) ** 2  # no two alike
+
+
+class Squares(Dataset):
+    """Entry i is VALUES[i], with a random shift when asked for."""
+
+    def __init__(self, shifted=False):
+        self.shifted = shifted
+
+    def __len__(self):
+        return len(VALUES)
+
+    def __getitem__(self, index):
+        return {"value": VALUES[index] + (torch.rand(()) if self.shifted else 0.0), "pair": (index, -index)}
+
+
+@pytest.mark.parametrize("first", [0, 3, 11])  # 26 examples: epochs of three batches of 8
+def test_tensors_and_a_data_set_are_read_in_the_order_of_batch_indices(first):
+    expected = [batch_indices(4, step, 26, 8) for step in range(first, first + 5)]
+    tensors = Batches({"value": VALUES, "index": torch.arange(26)}, seed=4, batch_size=8)
+    for step, indices in enumerate(expected, first):
+        assert torch.equal(tensors(step)["value"], VALUES[indices])
+        assert torch.equal(tensors(step)["index"], indices)
+    for workers in (0, 2):
+        batches = Batches(Squares(), seed=4, batch_size=8, workers=workers)
+        for step, indices in enumerate(expected, first):
+            batch = batches(step)
+            assert torch.equal(batch["value"], VALUES[indices])
+            assert torch.equal(torch.stack(batch["pair"]), torch.stack([indices, -indices]))
+        assert torch.equal(batches(1)["value"], VALUES[batch_indices(4, 1, 26, 8)])  # back to any step
+
+
+def test_random_augmentation_depends_on_the_step_alone():
+    def shifts(first, workers):
+        batches = Batches(Squares(shifted=True), seed=4, batch_size=8, workers=workers)
+        found = []
+        for step in range(first, 7):
+            torch.manual_seed(step + 100 * workers)  # whatever the training process drew before
+            found.append(batches(step)["value"] - VALUES[batch_indices(4, step, 26, 8)])
+        return torch.cat(found)
+
+    whole = shifts(0, workers=0)
+    assert len(whole.unique()) == 56
+    assert whole.min() >= 0
+    for workers in (0, 1, 2):
+        assert torch.equal(shifts(0, workers), whole)
+        assert torch.equal(shifts(5, workers), whole[40:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_batches_leaves_the_random_numbers_of_the_training_alone(workers):
+    batches = Batches(Squares(shifted=True), seed=4, batch_size=8, workers=workers)
+    seed_step(4, 2)
+    before = torch.get_rng_state()
+    batches(2)
+    batches(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("source", [{"value": VALUES}, Squares()], ids=["tensors", "data set"])
+def test_batches_of_too_few_examples_are_refused(source, monkeypatch):
+    assert Batches(source, 0, 26).per_epoch == 1
+    with pytest.raises(ValueError, match="26 examples do not fill one batch of 27"):
+        Batches(source, 0, 27)
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    assert Batches(source, 0, 26).batch_size == 26
+    with pytest.raises(ValueError, match="26 examples do not fill one batch of 28"):
+        Batches(source, 0, 7, "per_process")
+    with pytest.raises(ValueError, match="a batch of 3 cannot be shared by 4 processes"):
+        Batches(source, 0, 3)(0)
+
+
+@pytest.mark.parametrize("source", [{"value": VALUES}, Squares()], ids=["tensors", "data set"])
+@pytest.mark.parametrize(("scaling", "size"), [("kept", 8), ("per_process", 24)])
+def test_the_shares_of_three_processes_make_up_the_global_batch(source, scaling, size, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    for step in (0, 4):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            batches = Batches(source, 4, 8, scaling)
+            assert (batches.batch_size, batches.per_epoch) == (size, 26 // size)
+            shares.append(batches(step)["value"])
+        assert torch.equal(torch.cat(shares), VALUES[batch_indices(4, step, 26, size)])
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_processes_augment_differently(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    shifts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        share = Batches(Squares(shifted=True), 4, 8)(0)["value"]
+        shifts.append(share - VALUES[batch_indices(4, 0, 26, 8).view(2, 4)[rank]])
+    assert not torch.isclose(*shifts).any()

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from trainbook import engine as engine_module
-from trainbook.engine import Engine, seed_step
+from trainbook.engine import Engine
 from trainbook.errors import RunFailed
+from trainbook.files import read_lines
 from trainbook.records import Record, RunFolder
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 
 
@@ -163,3 +165,41 @@ def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
     engine, slow = make(tmp_path)[0], Slow()
     engine._write(slow, ["abcdefgh", "ij"])
     assert slow.content == b"abcdefgh\nij\n"
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_stay(keep, tmp_path):
+    engine, state = make(tmp_path, keep=keep)
+    engine.follow(steps(state, milestones=range(1, 11)), state)
+    assert saved(engine) == list(range(11 - keep, 11))
+
+
+def test_rates_count_the_steps_and_examples_of_the_session(tmp_path, monkeypatch):
+    engine, state = make(tmp_path)
+    clock = [100.0]
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def of_two_sizes():
+        while state.step < state.total_steps:
+            state.step += 1
+            clock[0] += 2.0
+            yield Record({"loss": 0.5}, examples=32 if state.step % 2 else 16)
+
+    state.step = 3  # an earlier session's
+    engine.follow(of_two_sizes(), state)
+    readings = list(read_lines(engine.folder.system))
+    assert [reading["step"] for reading in readings] == [4, 7, 10]
+    for reading in readings:
+        done = reading["step"] - 3
+        assert reading["seconds"] == 2.0 * done
+        assert reading["steps_per_second"] == pytest.approx(0.5)
+        examples = sum(32 if step % 2 else 16 for step in range(4, reading["step"] + 1))
+        assert reading["examples_per_second"] == pytest.approx(examples / (2.0 * done))
+
+
+def test_steps_that_count_no_examples_have_no_rate_of_them(tmp_path):
+    engine, state = make(tmp_path)
+    engine.follow(steps(state), state)
+    readings = list(read_lines(engine.folder.system))
+    assert readings
+    assert all("examples_per_second" not in reading for reading in readings)

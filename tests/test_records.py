@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -70,3 +71,26 @@ def test_find_run_lists_what_there_is(tmp_path):
     assert find_run("mine", tmp_path).path == find_run(str(tmp_path / "mine"), tmp_path / "elsewhere").path
     with pytest.raises(UserError, match="known: mine"):
         find_run("other", tmp_path)
+
+
+def test_checkpoints_and_logs_can_lie_elsewhere(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "mine")
+    folder.create(IDENTITY, {"checkpoints": tmp_path / "big disk", "logs": tmp_path / "logs"})
+    folder.checkpoints.joinpath("latest").write_text("7")
+    folder.log.write_text("a line")
+    assert (tmp_path / "big disk" / "mine" / "latest").read_text() == "7"
+    assert (tmp_path / "logs" / "mine" / "run.log").read_text() == "a line"
+    folder.create(IDENTITY)  # a resumed run finds them without being told
+    folder.create(IDENTITY, {"checkpoints": tmp_path / "third"})  # and does not move
+    assert folder.checkpoints.joinpath("latest").read_text() == "7"
+    assert not (tmp_path / "third").exists()
+
+
+def test_checkpoints_of_a_run_that_is_gone_are_not_taken_for_a_new_ones(tmp_path):
+    place = {"checkpoints": tmp_path / "big disk"}
+    RunFolder(tmp_path / "runs" / "mine").create(IDENTITY, place)
+    (tmp_path / "big disk" / "mine" / "0000000007").mkdir()
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(UserError, match="big disk/mine"):
+        RunFolder(tmp_path / "runs" / "mine").create(IDENTITY, place)
+    assert not (tmp_path / "runs" / "mine" / "config.json").exists()

@@ -1,17 +1,20 @@
 """A run as a notebook sees it: what it continues, what it refuses, what it writes down."""
 
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.driving import SMALL_DBN, Drive
-from trainbook import records
-from trainbook.engine import seed_step
+from tests import digits_classifier
+from tests.driving import SMALL_DBN, Drive, assert_same_run, checkpoints
+from trainbook import records, runtime
 from trainbook.errors import UserError
 from trainbook.records import measured_times, new_run_id
 from trainbook.run import DRAWING_STEP, EVALUATION_STEP, prepare
+from trainbook.seeding import seed_step
 
 
 @pytest.fixture
@@ -171,3 +174,75 @@ def test_a_summary_of_another_kit_does_not_stop_list(tmp_path):
     (tmp_path / "runs" / "old" / "run.json").write_text("{}")
     assert measured_times(tmp_path / "runs") == {}
     prepare("timestep_dbn", "smoke")
+
+
+def digits(run_id, train=digits_classifier.train, deadline=None):
+    """A run of the digits classifier up to its training, which another function may do."""
+    run = prepare(digits_classifier, "smoke", {"steps": 40}, run_id)
+    run.load_data()
+    run.build()
+    run.workflow = SimpleNamespace(**vars(digits_classifier) | {"train": train, "name": "digits_classifier"})
+    run.runtime = replace(run.runtime, deadline=deadline)
+    return run
+
+
+def breaking_after(step):
+    def train(config, data, state):
+        for record in digits_classifier.train(config, data, state):
+            if state.step > step:
+                raise ZeroDivisionError("in the workflow")
+            yield record
+
+    return train
+
+
+def trained(run, **options):
+    run.train(progress=False, **options)
+    run.folder.unlock()
+    return run.folder
+
+
+def test_what_broke_a_workflow_is_in_errors_log_and_the_run_goes_on_from_its_checkpoint(capfd):
+    whole = trained(digits("whole"))
+    assert not (whole.logs / runtime.ERROR_LOG).exists()
+    run = digits("broken", breaking_after(20))
+    with pytest.raises(ZeroDivisionError):
+        run.train(checkpoint_seconds=1e-6, progress=False)
+    assert "Traceback" not in capfd.readouterr().err  # the notebook shows it, once
+    log = (run.folder.logs / runtime.ERROR_LOG).read_text()
+    assert log.count("Traceback") == 1
+    assert 'raise ZeroDivisionError("in the workflow")' in log
+    assert log.rstrip().endswith("ZeroDivisionError: in the workflow")
+    assert all("INFO" not in line for line in log.splitlines())
+    assert log in run.folder.log.read_text()
+    summary = run.folder.summary()
+    assert (summary["status"], summary["why"]) == ("failed", "in the workflow")
+    resumed = trained(digits("broken"))
+    assert resumed.summary()["segments"][-1]["first_step"] == 20
+    assert_same_run(resumed, whole)
+    assert (resumed.logs / runtime.ERROR_LOG).read_text() == log
+
+
+def test_a_run_whose_checkpoints_and_logs_lie_elsewhere_resumes(tmp_path, monkeypatch):
+    whole = trained(digits("whole"))
+    monkeypatch.setenv(runtime.CHECKPOINT_DIR, "big disk")
+    monkeypatch.setenv(runtime.LOG_DIR, str(tmp_path / "records"))
+    stopped = trained(digits("stopped", deadline=0.0))
+    assert stopped.summary()["status"] == "stopped"
+    assert (tmp_path / "big disk" / "stopped" / "0000000001" / "state.pt").is_file()
+    assert "at step 1 of 40" in (tmp_path / "records" / "stopped" / "run.log").read_text()
+    assert stopped.checkpoints.is_symlink()
+    assert stopped.logs.is_symlink()
+    monkeypatch.delenv(runtime.CHECKPOINT_DIR)
+    monkeypatch.delenv(runtime.LOG_DIR)
+    resumed = trained(digits("stopped"))
+    assert resumed.summary()["segments"][-1]["first_step"] == 1
+    assert_same_run(resumed, whole)
+    assert (tmp_path / "big disk" / "stopped" / "0000000040" / "state.pt").is_file()
+    assert "continuing stopped at step 1 of 40" in (tmp_path / "records" / "stopped" / "run.log").read_text()
+
+
+def test_as_many_checkpoints_stay_as_the_runtime_says(monkeypatch):
+    monkeypatch.setenv(runtime.KEEP, "5")
+    folder = trained(digits("mine"), checkpoint_seconds=1e-6)
+    assert [int(path.name) for path in checkpoints(folder)] == [36, 37, 38, 39, 40]

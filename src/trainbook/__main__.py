@@ -11,7 +11,7 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json, write_atomic
-from trainbook.records import BAD_INPUT, EXIT_CODES, find_run, measured_times, new_run_id
+from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, measured_times, new_run_id
 from trainbook.spec import RunSpec
 from trainbook.tables import Table
 
@@ -69,12 +69,19 @@ def run(options: argparse.Namespace) -> int:
         return _run_spec(options.spec, options.name)
     if not options.name:
         raise UserError("run what?", "`trainbook run NAME` or `trainbook run --spec run.toml`")
-    overrides = {name: value for name, value in vars(options).items() if name in catalog.load(options.name).Config.model_fields}
+    config = catalog.load(options.name).Config
+    overrides = {name: value for name, value in vars(options).items() if name in config.model_fields}
+    if options.config is not None:
+        from trainbook.brief import read_brief
+
+        brief = read_brief(options.config, options.name, config)
+        overrides = brief.overrides | overrides
+        runtime.export(**{name: value for name, value in brief.settings.items() if getattr(options, name) is None})
     return _execute(
         options.name,
         options.preset,
         overrides,
-        options.run_id or new_run_id(options.name, options.preset),
+        options.run_id,
         options.authentic,
     )
 
@@ -104,10 +111,29 @@ def resume(options: argparse.Namespace) -> int:
     folder = find_run(options.run, runtime.runs_folder())
     saved = read_json(folder.config)
     if folder.run_json.exists() and folder.summary()["status"] == "complete":
+        if options.step is not None:
+            raise UserError(f"{folder.path.name} is complete", "start a new run from its weights with --initial-weights")
         print(f"{folder.path.name} is complete: {folder.report}")
         return 0
+    if options.step is not None:
+        go_back(folder, options.step)
     runtime.export(runs=str(folder.path.parent))
     return _execute(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"])
+
+
+def go_back(folder: RunFolder, step: int) -> None:
+    """Let the run continue from an earlier checkpoint of its own."""
+    from trainbook.checkpoints import checkpoint_steps, read_checkpoint, set_aside_after
+
+    if (process := folder.training_process()) is not None:
+        raise UserError(f"process {process} is training in {folder.path}", "wait for it or stop it first")
+    if step not in (steps := checkpoint_steps(folder.checkpoints)):
+        raise UserError(f"there is no checkpoint of step {step}", f"choose one of: {', '.join(map(str, steps)) or 'none'}")
+    try:
+        read_checkpoint(folder.checkpoints / f"{step:010d}")
+    except ValueError as error:
+        raise UserError(f"checkpoint {error}", "choose another of: " + ", ".join(map(str, steps))) from None
+    set_aside_after(folder.checkpoints, step)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -131,7 +157,7 @@ def write_report(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Several runs side by side: status, where their configs differ, and metrics."""
-    folders = [find_run(name, runtime.runs_folder()) for name in options.runs]
+    folders = [find_run(name, runtime.runs_folder()) for name in options.folders]
     print(report.comparison_table(folders))
     return 0
 
@@ -159,9 +185,17 @@ def _execute(
     name: str, preset: str, overrides: dict[str, Any], run_id: str, authentic: bool, notebook: Path | None = None
 ) -> int:
     """Check everything that can be checked before a kernel is started, then run the notebook."""
+    if runtime.group_size() > 1:
+        from trainbook.worker import train_in_group
+
+        code, run_id = train_in_group(name, preset, overrides, run_id, authentic)
+        if code is not None:
+            return code
+        runtime.leave_group()
     from trainbook.execution import run_notebook
     from trainbook.run import prepare
 
+    run_id = run_id or new_run_id(name, preset)
     prepared = prepare(name, preset, overrides, run_id, authentic)
     if (process := prepared.folder.training_process()) is not None:
         raise UserError(f"process {process} is training in {prepared.folder.path}", "wait for it or stop it first")
@@ -187,9 +221,10 @@ def _workflows() -> list[catalog.Workflow]:
 
 def _export(options: argparse.Namespace) -> None:
     """Hand the runtime's options to this process and the kernels it starts."""
-    given = {name: getattr(options, name, None) for name in ("device", "time_budget", "log_level")}
-    if given["time_budget"]:
-        runtime.parse_duration(given["time_budget"])
+    given = {name: getattr(options, name, None) for name in runtime.SETTINGS}
+    for name in ("time_budget", "checkpoint_every"):
+        if given[name]:
+            runtime.parse_duration(given[name])
     runtime.export(**given)
 
 
@@ -242,7 +277,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
                 action="store_true",
                 help="refuse synthetic data, data without a checksum and a changed kit",
             )
+            one.add_argument("--config", type=Path, metavar="FILE", help="a training brief in YAML; options given here win")
             _add_runtime(one)
+            _add_processes(one)
             _add_fields(one, workflow.Config.model_fields)
     bundle_parser = command(bundle, "bundle")
     bundle_parser.add_argument("platform", choices=PLATFORMS)
@@ -260,8 +297,11 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         one.add_argument("run", help="run id, or path of the run folder")
         if name != "report":
             _add_runtime(one)
+        if name == "resume":
+            one.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
+            _add_processes(one)
     compare_parser = command(compare, "compare")
-    compare_parser.add_argument("runs", nargs="+", help="run ids, or paths of run folders")
+    compare_parser.add_argument("folders", nargs="+", metavar="RUN", help="run ids, or paths of run folders")
     _add_runtime(command(doctor, "doctor"))
     return parser
 
@@ -270,6 +310,18 @@ def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
     parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
     parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", help="train in so many processes, one per GPU; auto (the default) takes both of Kaggle's T4s"
+    )
+    parser.add_argument("--shard", action="store_const", const="1", help="each process keeps a slice of the weights, not a copy")
+    parser.add_argument("--workers", help="processes that read a data set too large for the device (default 0)")
+    parser.add_argument("--checkpoint-every", help="at most this much work is lost to a kill, such as 60s or 5m (default 60s)")
+    parser.add_argument("--keep", help="number of checkpoints kept (default 2)")
+    parser.add_argument("--checkpoint-dir", help="keep checkpoints in DIR/RUN instead of the run folder")
+    parser.add_argument("--log-dir", help="keep logs in DIR/RUN instead of the run folder")
 
 
 if __name__ == "__main__":

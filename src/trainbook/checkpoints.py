@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from trainbook.files import sync_folder, write_atomic, write_synced
+
+logger = logging.getLogger("trainbook")
 
 STATE_FILE, METADATA_FILE, MANIFEST_FILE = "state.pt", "metadata.json", "manifest.json"
 
@@ -74,6 +77,19 @@ def read_checkpoint(checkpoint: Path) -> dict[str, bytes]:
     return contents
 
 
+def newest_whole(folder: Path) -> dict[str, bytes] | None:
+    """The files of the newest whole checkpoint in a run's `checkpoints` folder; None when there is none.
+
+    A torn or altered checkpoint is skipped with a warning.
+    """
+    for checkpoint in numbered(folder):
+        try:
+            return read_checkpoint(checkpoint)
+        except ValueError as error:
+            logger.warning("skipping checkpoint %s", error)
+    return None
+
+
 def set_aside_after(folder: Path, step: int) -> None:
     """Rename checkpoints later than `step` to `.torn-...`: a resumed run writes those steps anew, and pruning goes by number."""
     for checkpoint in numbered(folder):
@@ -81,6 +97,11 @@ def set_aside_after(folder: Path, step: int) -> None:
             aside = folder / f".torn-{checkpoint.name}"
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps there are checkpoints of, in order."""
+    return sorted(int(path.name) for path in numbered(folder))
 
 
 def numbered(folder: Path) -> list[Path]:

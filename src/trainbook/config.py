@@ -25,9 +25,13 @@ class BaseConfig(BaseModel):
     )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}, "laptop": {}, "full": {}}
+    DATA_PARALLEL: ClassVar[bool] = False  # whether several processes can share a batch of this workflow
+    BRIEF_NAMES: ClassVar[dict[str, str]] = {}  # what the training brief calls a field, to the field
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of every random number of the run."""
+    initial_weights: str = ""
+    """Start from the exported weights of another run: its folder, its export folder, or one .safetensors file; "" from chance."""
 
     @field_validator("*", mode="before")
     @classmethod

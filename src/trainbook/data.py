@@ -2,11 +2,18 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from trainbook import distributed
+from trainbook.seeding import step_seed
+
+READING = 0x5DEECE66  # sets the random numbers of reading apart from those of training in the same step
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,102 @@ def batch_indices(seed: int, step: int, num_examples: int, batch_size: int) -> T
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Tensor:
     # 1_000_003 is prime: neighbouring seeds do not share an epoch's permutation.
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+class Batches:
+    """The batch of every step, a function of (seed, step): taken from tensors where they lie, or by worker processes.
+
+    What fits lies on the device as tensors and is indexed there: no copy, no worker. Anything else is a map-style data
+    set whose batches are read ahead by `workers` processes into pinned memory. Its random numbers are seeded by step, so
+    that they do not depend on the number of workers. Several processes take a share of each global batch.
+
+    Args:
+        source: name to tensor, each with one entry per example; or a data set.
+        seed: of the run.
+        batch_size: of the global batch.
+        batch_scaling: "kept", or "per_process" to multiply it by the number of processes.
+        workers: for a data set; 0 reads in the training process.
+        device: where batches of a data set go; tensors stay where they are.
+
+    Attributes:
+        batch_size: of the global batch.
+        per_epoch: batches per epoch; an incomplete last one is dropped.
+
+    Raises:
+        ValueError: when there are fewer examples than one batch.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Tensor] | Dataset,
+        seed: int,
+        batch_size: int,
+        batch_scaling: str = "kept",
+        workers: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        self.batch_size = batch_size * (distributed.size() if batch_scaling == "per_process" else 1)
+        number = len(next(iter(source.values())) if isinstance(source, Mapping) else source)
+        if number < self.batch_size:
+            raise ValueError(f"{number} examples do not fill one batch of {self.batch_size}")
+        if self.batch_size < distributed.size():
+            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {distributed.size()} processes")
+        self.per_epoch = number // self.batch_size
+        self._source, self._seed, self._number, self._workers, self._device = source, seed, number, workers, torch.device(device)
+        self._reader: Iterator[Any] = iter(())
+        self._next_read = -1
+
+    def __call__(self, step: int) -> Any:
+        """This process's share of a step's batch, counted from the start of the stage."""
+        if isinstance(self._source, Mapping):
+            device = next(iter(self._source.values())).device
+            order = _epoch_order_on(self._seed, step // self.per_epoch, self._number, device)
+            position = step % self.per_epoch * self.batch_size
+            indices = distributed.share(order[position : position + self.batch_size])
+            return {name: tensor.index_select(0, indices) for name, tensor in self._source.items()}
+        if step != self._next_read:
+            self._reader = iter(self._loader(step))
+        self._next_read = step + 1
+        return _moved(next(self._reader), self._device)
+
+    def _loader(self, first: int) -> DataLoader:
+        batches = _BatchOfStep(self, distributed.rank())
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(first, 2**62),
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            prefetch_factor=2 if self._workers else None,
+            generator=torch.Generator(),  # else making the iterator would draw from the training's random numbers
+        )
+
+
+class _BatchOfStep(Dataset):
+    """Reads the batch of a step; what a worker process holds."""
+
+    def __init__(self, batches: Batches, rank: int) -> None:
+        self._batches, self._rank, self._size = batches, rank, distributed.size()
+
+    def __getitem__(self, step: int) -> Any:
+        b = self._batches
+        indices = batch_indices(b._seed, step, b._number, b.batch_size).tensor_split(self._size)[self._rank]
+        with torch.random.fork_rng(devices=[]):  # read in the training process it may not disturb that one's numbers
+            torch.default_generator.manual_seed(step_seed(b._seed, step, self._rank) ^ READING)
+            return default_collate([b._source[index] for index in indices.tolist()])
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    return [_moved(value, device) for value in batch] if isinstance(batch, list | tuple) else batch
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order_on(seed: int, epoch: int, num_examples: int, device: torch.device) -> Tensor:
+    return _epoch_order(seed, epoch, num_examples).to(device)
 
 
 def content_sha256(tensors: Iterable[Tensor]) -> str:

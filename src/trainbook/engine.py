@@ -10,46 +10,38 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import torch
 from tqdm import tqdm
 
+from trainbook import distributed
 from trainbook.checkpoints import set_aside_after, write_checkpoint
 from trainbook.errors import RunFailed
+from trainbook.events import Events
 from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
 from trainbook.records import now as now_utc
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint, snapshot
 
 logger = logging.getLogger("trainbook")
 
 FLUSH_SECONDS = 1.0  # records wait this long at most before they are checked and written
 SYSTEM_SECONDS = 5.0  # between two readings of the machine
+AGREEMENT_SECONDS = 0.2  # several processes agree about this often on whether to save or to stop
 PROGRESS_SECONDS = 2.0  # a notebook keeps every refresh: twelve hours at ten a second would be a 90 MB file
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `follow` ended: status `complete` or `stopped`, and why."""
+    """How training ended: status `complete` or `stopped`, why, and which steps were this session's."""
 
     status: str
     why: str
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's global generators for one step, so that its randomness depends on (seed, step) alone.
-
-    `torch.manual_seed` costs some 300 microseconds on a CPU-only process (it records a stack trace for CUDA's lazy
-    start); the generators themselves take about two. On a CPU torch uses the low 32 bits of a seed: the step's factor is
-    odd, so no two steps of a run share them.
-    """
-    value = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & 0x7FFFFFFFFFFFFFFF
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(value)
+    first_step: int = 0
+    total_steps: int = 0
 
 
 class StopSignals:
@@ -80,7 +72,7 @@ class StopSignals:
 
 @dataclass
 class Engine:
-    """Follows a workflow's training generator in a run folder.
+    """Follows a workflow's training generator in a run folder; of several processes the first writes there.
 
     Args:
         folder: where records and checkpoints go.
@@ -102,10 +94,13 @@ class Engine:
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
     _saving: Future | None = None
     _saving_step: int = 0
+    _agree_at: int = 0
 
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
         metadata = load_newest_checkpoint(self.folder.checkpoints, state, self.device)
+        if distributed.rank() > 0:
+            return state.step
         set_aside_after(self.folder.checkpoints, state.step if metadata else -1)
         size = metadata["records_bytes"] if metadata else 0
         if self.folder.metrics.exists():
@@ -128,26 +123,29 @@ class Engine:
         """
         if self.checkpoint_seconds <= 0:
             raise ValueError("checkpoint_seconds must be positive")
-        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        if distributed.rank() == 0:
+            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         monitor = Monitor(self.device)
         started = flushed = saved = time.monotonic()
         measured, first_step, saved_step, session = -math.inf, state.step, -1, now_utc()
+        examples, self._agree_at = 0, state.step + 1
         with (
             StopSignals() as signals,
-            self.folder.metrics.open("ab", buffering=0) as metrics,
-            self.folder.system.open("ab", buffering=0) as system,
+            self._opened(self.folder.metrics) as metrics,
+            self._opened(self.folder.system) as system,
+            Events(self.folder.events, state.step) as events,
             ThreadPoolExecutor(1, "checkpoint") as writer,  # leaving the block waits for what it still writes
             tqdm(
                 total=state.total_steps,
                 initial=state.step,
                 unit="step",
                 mininterval=PROGRESS_SECONDS,
-                disable=not self.progress,
+                disable=not self.progress or distributed.rank() > 0,
                 smoothing=0.05,
             ) as bar,
         ):
             while True:
-                seed_step(self.seed, state.step)
+                seed_step(self.seed, state.step, distributed.rank())
                 expected = state.step + 1
                 record = next(records, None)
                 now = time.monotonic()
@@ -157,29 +155,52 @@ class Engine:
                             f"train must advance state.step by one per record; it went from {expected - 1} to {state.step}"
                         )
                     self._pending.append((state.step, state.stage, record))
+                    examples += record.examples
                     bar.update()
-                why = "all steps done" if record is None else self._stop_reason(signals, now)
-                save = bool(why) or (record is not None and record.milestone) or now - saved >= self.checkpoint_seconds
+                    pace = (state.step - first_step) / max(now - started, 1e-9)
+                    stop, due = self._agree(self._stop_reason(signals, now), now - saved >= self.checkpoint_seconds, state, pace)
+                    why, save = stop, bool(stop) or due or record.milestone
+                else:
+                    why, save = state.ending or "all steps done", True
                 if save or now - flushed >= FLUSH_SECONDS:
-                    self._flush(metrics, state, bar)
+                    values = self._flush(metrics, state, bar)
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS:
-                        rate = (state.step - first_step) / max(now - started, 1e-9)
                         reading = {
                             "session": session,
                             "step": state.step,
                             "seconds": now - started,
-                            "steps_per_second": rate,
+                            "steps_per_second": (state.step - first_step) / max(now - started, 1e-9),
+                            **({"examples_per_second": examples / max(now - started, 1e-9)} if examples else {}),
                             **monitor.read(),
                         }
                         self._write(system, [json.dumps(reading)])
+                        values.update(
+                            {name: (state.step, value) for name, value in reading.items() if name not in ("session", "step")}
+                        )
                         measured = now
+                    events.write(values)
                 if save and saved_step != state.step:
                     self._save(writer, metrics, state)
                     saved_step, saved = state.step, time.monotonic()
                 if why:
                     self._finish_saving()
                     return Outcome("complete" if record is None else "stopped", why)
+
+    @staticmethod
+    def _opened(path: Path) -> IO[bytes]:
+        """The file to append to, or nowhere for a process that is not the first."""
+        return (path if distributed.rank() == 0 else Path(os.devnull)).open("ab", buffering=0)
+
+    def _agree(self, stop: str, save: bool, state: TrainState, pace: float) -> tuple[str, bool]:
+        """Stop reason and whether to save, the same in every process; (stop, save) as given where there is one."""
+        if distributed.size() == 1:
+            return stop, save
+        if state.step < self._agree_at:
+            return "", False
+        several = distributed.largest_of([bool(stop), save, max(1, round(pace * AGREEMENT_SECONDS))])
+        self._agree_at = state.step + int(several[2])
+        return (stop or "another process was told to stop") if several[0] else "", bool(several[1])
 
     def _stop_reason(self, signals: StopSignals, now: float) -> str:
         if signals.received:
@@ -188,8 +209,9 @@ class Engine:
             return "the time budget is spent"
         return ""
 
-    def _flush(self, metrics: IO[bytes], state: TrainState, bar: tqdm) -> None:
-        lines = []
+    def _flush(self, metrics: IO[bytes], state: TrainState, bar: tqdm) -> dict[str, float]:
+        """Check and write the records since the last time; returns the numbers of the last one that had any."""
+        lines, numbers = [], {}
         for step, stage, record in self._pending:
             values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in record.metrics.items()}
             bad = [name for name, value in values.items() if not _is_finite(value)]
@@ -199,13 +221,15 @@ class Engine:
                 raise RunFailed(self._explain_non_finite(step, stage, bad, state))
             if values:
                 lines.append(json.dumps({"step": step, "stage": stage, **values}))
-                numbers = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
+                numbers.update({name: (step, value) for name, value in values.items() if isinstance(value, float)})
                 bar.set_description_str(stage, refresh=False)
-                bar.set_postfix(dict(list(numbers.items())[:3]), refresh=False)
+        bar.set_postfix({name: f"{value:.4g}" for name, (_, value) in list(numbers.items())[:3]}, refresh=False)
+        bar.total = state.total_steps
         self._pending.clear()
         self._write(metrics, lines)
         if self._saving is not None and self._saving.done():
             self._finish_saving()  # a full disk is told now, not at the next checkpoint
+        return numbers
 
     def _write(self, file: IO[bytes], lines: list[str]) -> None:
         if lines:
@@ -227,7 +251,11 @@ class Engine:
         if bad := state.non_finite_tensors():
             raise RunFailed(self._explain_non_finite(state.step, state.stage, bad, state))
         self._finish_saving()  # never two at once
+        if distributed.rank() > 0 and not distributed.is_sharded():
+            return
         files = snapshot(state, {"records_bytes": metrics.tell()})
+        if distributed.rank() > 0:
+            return
         self._saving_step, self._saving = state.step, writer.submit(self._write_checkpoint, metrics, state.step, files)
 
     def _write_checkpoint(self, metrics: IO[bytes], step: int, files: dict[str, bytes]) -> None:

@@ -1,9 +1,10 @@
 """One training step by gradient: groups, schedules, accumulation, precision, clipping and averaging, thin over torch."""
 
 import copy
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +15,22 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from trainbook import distributed
+from trainbook.acceleration import allow_tf32, apply_variant, fastest_variant, variant_table
+from trainbook.errors import RunFailed, UserError
 from trainbook.optimization import OptimizationConfig
+from trainbook.runtime import mixed_dtype
+
+logger = logging.getLogger("trainbook")
+
+LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, dict[str, Tensor]]]
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)  # those whose weights can have two dimensions; of other norms they have one
 FUSED = ("cpu", "cuda")  # one kernel per group instead of some ten per parameter
+ACCELERATIONS = {"off": "as written", "channels_last": "channels_last", "compiled": "compiled"}
+STEPS_BETWEEN_COPIES = 100  # of the weights, for a return to them after a spike
+RATE_FACTOR_OF_A_SPIKE = 0.5
+SPIKES_THAT_END_A_RUN = 20
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25  # OneCycleLR's pct_start and 1 / div_factor
 
 
@@ -125,109 +138,262 @@ def batch_size(batch: Any) -> int:
 class Stepper:
     """Takes training steps: what stands between a batch's loss and the next weights.
 
-    Keep the optimizer's state and this object's (scaler and average) in a checkpoint; nothing else carries over.
+    It makes the optimizer and, when `config.ema_decay` is positive, `ema`: a copy of the module that follows it by
+    e <- d e + (1 - d) w in parameters after each step that was not skipped; buffers (batch statistics) are copied.
+    Keep `state_dict()` in a checkpoint (`TrainState.stateful`) beside the module; nothing else carries over.
+
+    Where several processes train (`distributed`), each calls this with its share of the batch.
 
     Args:
         module: what is trained; not replaced or moved afterwards.
-        optimizer: over the module's parameters, from `make_optimizer`.
-        config: schedule, clipping, precision, decay of the average.
+        config: optimizer, schedule, clipping, precision, average, rule for spikes.
         total_steps: of the whole run, for the schedule.
-        ema: from `averaged_copy(module)`, exactly when `config.ema_decay` is positive. After each step that was not
-            skipped e <- d e + (1 - d) w for parameters; buffers (batch statistics) are copied.
 
     Raises:
-        ValueError: when `ema` and the config disagree, or `total_steps` is not positive.
+        ValueError: when `total_steps` is not positive.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: OptimizationConfig,
-        total_steps: int,
-        ema: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, config: OptimizationConfig, total_steps: int) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}; a schedule needs at least one step")
-        if (ema is not None) != (config.ema_decay > 0):
-            raise ValueError(f"ema_decay is {config.ema_decay} but ema is {'given' if ema is not None else 'missing'}")
-        self.module, self.optimizer, self.config, self.total_steps, self.ema = module, optimizer, config, total_steps, ema
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        device = self._parameters[0].device.type
-        dtype = None if config.precision == "float32" else getattr(torch, config.precision)
-        self._autocast = torch.autocast(device, dtype) if dtype else nullcontext()
-        self.scaler = torch.amp.GradScaler(device) if config.precision == "float16" else None
-        if ema is not None:
+        self.module, self.config, self.total_steps = module, config, total_steps
+        self.optimizer = make_optimizer(module, config)
+        self.ema = averaged_copy(module) if config.ema_decay else None
+        if distributed.is_sharded():
+            if config.on_spike == "roll_back" and config.spike_deviations:
+                raise UserError("on_spike = roll_back keeps whole copies of the weights", "with --shard choose skip or lower_rate")
+            if config.acceleration != "off":
+                raise UserError(f"acceleration = {config.acceleration} needs the whole model", "with --shard choose off")
+            distributed.shard(module, self.optimizer)
+            if self.ema is not None:
+                distributed.shard(self.ema)
+        self.steps_done, self.accumulation, self.rate_factor = 0, config.accumulation, 1.0
+        self.variant = "" if config.acceleration == "measured" else ACCELERATIONS[config.acceleration]
+        self._losses, self._spikes_in_a_row, self._kept = LossStatistics(), 0, {}
+        self._model: nn.Module | None = None
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        device = self._parameters[0].device
+        self._precision = precision = mixed_dtype(str(device)) if config.precision == "mixed" else config.precision
+        dtype = None if precision == "float32" else getattr(torch, precision)
+        self._autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
+        if device.type == "cuda":
+            allow_tf32(config.tf32)
+        if self.ema is not None:
             self._average = get_ema_multi_avg_fn(config.ema_decay)
-            self._weights, self._averages = list(module.parameters()), list(ema.parameters())
-            self._buffers, self._averaged_buffers = list(module.buffers()), list(ema.buffers())
+            self._weights, self._averages = list(module.parameters()), list(self.ema.parameters())
+            self._buffers, self._averaged_buffers = list(module.buffers()), list(self.ema.buffers())
 
-    def step(
-        self,
-        step_index: int,
-        micro_batches: Iterable[Any],
-        loss_function: Callable[[Any], Tensor],
-        sizes: Sequence[int] | None = None,
-    ) -> dict[str, Tensor | float]:
-        """One update of the weights by the gradient of the mean loss over all micro-batches.
+    def step(self, batch: Any, loss_function: LossFunction, global_size: int = 0) -> dict[str, Tensor | float]:
+        """One update of the weights by the gradient of the batch's mean loss.
 
-        With n_i examples in micro-batch i, L = sum_i (n_i / sum_j n_j) L_i: the loss and gradient of the large batch, for
-        a loss that is a mean over examples. (Batch normalisation sees micro-batches: there the two differ.) A float16
-        step whose gradient overflows changes neither weights nor average; the scaler then halves its scale. Nothing
-        here makes the host wait for a GPU.
+        The batch is cut into `accumulation` micro-batches. With n_i examples in micro-batch i, the loss is
+        L = sum_i (n_i / sum_j n_j) L_i: the loss and gradient of the large batch, for a loss that is a mean over examples.
+        (Batch normalisation sees micro-batches: there the two differ.) Where memory runs out, their number is doubled and
+        the step taken again. A float16 step whose gradient overflows changes neither weights nor average; the scaler then
+        halves its scale. Without `spike_deviations` nothing here makes the host wait for a GPU.
 
         Args:
-            step_index: counted from 0; sets the learning rate.
-            micro_batches: such as `split_batch(batch, config.accumulation)`; read one by one when `sizes` is given.
-            loss_function: (micro-batch) -> mean loss over it, run under autocast.
-            sizes: examples per micro-batch; by default the length of each one's first tensor.
+            batch: tensor, or dict, tuple or list of tensors; the first axis counts examples. This process's share.
+            loss_function: (module, batch) -> mean loss over the batch, or that and a dict of further means to report; it
+                calls the module it is given, and runs under autocast.
+            global_size: examples of all processes' shares; by default as many in each as here.
 
         Returns:
-            loss (float32 or wider) and gradient_norm (before clipping), tensors on the device; learning_rate, a float.
-            With float16 also loss_scale of this step and skipped, 1 for a step that overflowed: its gradient_norm is
-            reported as 0, because an overflow the scaler handles is no fault of the run.
+            loss (float32 or wider) and gradient_norm (before clipping), tensors on the device; learning_rate, a float; the
+            further means. With float16 also loss_scale of this step and skipped, 1 for a step that overflowed: its
+            gradient_norm is reported as 0, because an overflow the scaler handles is no fault of the run. With
+            spike_deviations also spike, 1 for a step that was left out; what was not finite is then not reported.
+
+        Raises:
+            RunFailed: when 20 steps in a row are spikes.
         """
-        if isinstance(micro_batches, Tensor | Mapping):
-            raise TypeError("micro_batches is one batch; pass [batch] or split_batch(batch, number)")
-        if sizes is None:
-            micro_batches = list(micro_batches)
-            sizes = [batch_size(batch) for batch in micro_batches]
-        total = sum(sizes)
-        if not total:
+        global_size = global_size or batch_size(batch) * distributed.size()
+        if not global_size:
             raise ValueError("a step needs at least one example")
-        rate = learning_rate(self.config, step_index, self.total_steps)
+        if self._model is None:
+            self._prepare(batch, loss_function)
+        if self.ema is not None and self.steps_done == 0:
+            self.ema.load_state_dict(self.module.state_dict())  # the module may have been given weights since
+        rate = self.rate_factor * learning_rate(self.config, self.steps_done, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self._keeps_copies and self.steps_done % STEPS_BETWEEN_COPIES == 0:
+            self._kept = copy.deepcopy(self._undoable())
 
-        self.optimizer.zero_grad()
-        loss: Tensor | None = None
-        for batch, size in zip(micro_batches, sizes, strict=True):
-            with self._autocast:
-                part = loss_function(batch)
-            part = part.float() if part.dtype.itemsize < 4 else part
-            part = part if size == total else part * (size / total)
-            (part if self.scaler is None else self.scaler.scale(part)).backward()
-            loss = part.detach() if loss is None else loss + part.detach()
-
+        buffers = self._buffers_now() if self.config.spike_deviations else []
+        means = self._gradient(batch, loss_function, global_size)
         if self.scaler is not None:
-            scale = self.scaler.scale(torch.ones_like(loss))
+            scale = self.scaler.scale(torch.ones_like(means["loss"]))
             self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = distributed.whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
         if self.config.clip_norm:
             clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         if self.config.clip_value:
             clip_grad_value_(self._parameters, self.config.clip_value)
-        if self.scaler is None:
+        report = {**means, "gradient_norm": norm, "learning_rate": rate}
+        self.steps_done += 1
+        if self.config.spike_deviations:
+            report["spike"] = float(self._is_spike(float(means["loss"]), float(norm)))
+        if report.get("spike"):
+            self._put_back(buffers)
+            self._answer_spike()
+            report = {name: value for name, value in report.items() if bool(torch.as_tensor(value).isfinite().all())}
+        elif self.scaler is None:
             self.optimizer.step()
             self._update_average(None)
-            return {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
-        skipped = ~norm.isfinite()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._update_average(skipped)
-        report = {"loss": loss, "gradient_norm": norm.masked_fill(skipped, 0.0), "learning_rate": rate}
-        return {**report, "loss_scale": scale, "skipped": skipped.float()}
+        else:
+            skipped = ~norm.isfinite()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._update_average(skipped)
+            report.update(gradient_norm=norm.masked_fill(skipped, 0.0), loss_scale=scale, skipped=skipped.float())
+        return report
+
+    def _prepare(self, batch: Any, loss_function: LossFunction) -> None:
+        """Choose the form in which the module runs, and let several processes find out together how much memory suffices."""
+
+        def loss_of(module: nn.Module) -> Tensor:
+            with self._autocast:
+                loss, _ = _loss_and_means(loss_function(module, split_batch(batch, self.accumulation)[0]))
+            return loss if self.scaler is None else self.scaler.scale(loss.float())
+
+        if not self.variant:
+            self._rehearse(self.module, batch, loss_function)
+            chosen = b""
+            if distributed.rank() == 0:
+                name, variants = fastest_variant(self.module, loss_of, self._precision)
+                logger.info("the model runs %s:\n%s", name, variant_table(variants))
+                chosen = name.encode()
+            self.variant = distributed.bytes_from_first(chosen).decode()
+        running = apply_variant(self.module, self.variant, self.optimizer)
+        self._model = running if distributed.is_sharded() else distributed.replicate(running)
+        if distributed.size() > 1 and not distributed.is_sharded():
+            self._rehearse(running, batch, loss_function)
+
+    def _rehearse(self, module: nn.Module, batch: Any, loss_function: LossFunction) -> None:
+        """Halve the micro-batches of all processes until the memory of each suffices; a step later they could not agree.
+
+        Changes nothing else: no gradient, no buffer, no random number is left of it.
+        """
+        while True:
+            buffers = self._buffers_now()
+            devices = [p.device for p in self._parameters[:1] if p.device.type == "cuda"]
+            failed = False
+            with torch.random.fork_rng(devices):
+                try:
+                    with self._autocast:
+                        loss, _ = _loss_and_means(loss_function(module, split_batch(batch, self.accumulation)[0]))
+                    loss.backward()
+                except RuntimeError as error:
+                    if not _out_of_memory(error) or self.accumulation >= batch_size(batch):
+                        raise
+                    failed = True
+            self.optimizer.zero_grad()
+            self._put_back(buffers)
+            if not distributed.largest_of([failed])[0]:
+                return
+            self._use_less_memory()
+
+    def _buffers_now(self) -> list[Tensor]:
+        return [buffer.clone() for buffer in self.module.buffers()]
+
+    def _put_back(self, buffers: list[Tensor]) -> None:
+        """Undo what a forward pass whose step is not taken did to the batch statistics."""
+        for buffer, earlier in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(earlier)
+
+    def _use_less_memory(self) -> None:
+        self.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.accumulation *= 2
+        logger.warning(
+            "out of memory at step %d: batches are cut into %d micro-batches from here on; the effective batch stays as it is",
+            self.steps_done,
+            self.accumulation,
+        )
+
+    def _gradient(self, batch: Any, loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
+        """Leave the gradient of the global batch's mean loss in the parameters; returns the loss and the further means."""
+        buffers = self._buffers_now()
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                return self._accumulate(split_batch(batch, self.accumulation), loss_function, global_size)
+            except RuntimeError as error:
+                together = distributed.size() > 1  # the others already wait for this process's gradient
+                if together or not _out_of_memory(error) or self.accumulation >= batch_size(batch):
+                    raise
+            self._put_back(buffers)  # outside the handler: the traceback holds what filled the memory
+            self._use_less_memory()
+
+    def _accumulate(self, micro_batches: list[Any], loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
+        processes = distributed.size()
+        means: dict[str, Tensor] = {}
+        for index, micro_batch in enumerate(micro_batches):
+            weight = batch_size(micro_batch) * processes / global_size  # replicas average their gradients: hence the factor
+            with self._synchronised(index == len(micro_batches) - 1):
+                with self._autocast:
+                    loss, others = _loss_and_means(loss_function(self._model, micro_batch))
+                loss = _widened(loss)
+                loss = loss if weight == 1 else loss * weight
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            means["loss"] = loss.detach() + means["loss"] if means else loss.detach()
+            for name, value in others.items():
+                if name == "loss":
+                    raise ValueError("a further mean cannot be called loss: that is the loss itself")
+                means[name] = _widened(value.detach()) * weight + means.get(name, 0.0)
+        if processes > 1:
+            total = distributed.add_up(torch.stack([value.to(means["loss"].dtype) for value in means.values()])) / processes
+            means = dict(zip(means, total.unbind(), strict=True))
+        return means
+
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients travel between processes in the backward pass of a step's last micro-batch only."""
+        if distributed.is_sharded():
+            self.module.set_requires_gradient_sync(last)
+            yield
+        elif last or distributed.size() == 1:
+            yield
+        else:
+            with self._model.no_sync():
+                yield
+
+    @property
+    def _keeps_copies(self) -> bool:
+        return self.config.spike_deviations > 0 and self.config.on_spike == "roll_back"
+
+    def _undoable(self) -> dict[str, Any]:
+        """What a return to earlier weights brings back."""
+        parts = {"module": self.module, "optimizer": self.optimizer, "ema": self.ema, "losses": self._losses}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def _is_spike(self, loss: float, norm: float) -> bool:
+        if self.scaler is not None and math.isfinite(loss) and not math.isfinite(norm):
+            return False  # an overflow: the scaler's to handle
+        if math.isfinite(norm) and not self._losses.is_spike(loss, self.config.spike_deviations):
+            self._losses.add(loss)
+            self._spikes_in_a_row = 0
+            return False
+        return True
+
+    def _answer_spike(self) -> None:
+        self._spikes_in_a_row += 1
+        if self._spikes_in_a_row >= SPIKES_THAT_END_A_RUN:
+            raise RunFailed(f"{self._spikes_in_a_row} steps in a row were loss spikes. Lower the learning rate and start again.")
+        if self.scaler is not None:
+            self.scaler.update()
+        if self.config.on_spike != "skip":
+            self.rate_factor *= RATE_FACTOR_OF_A_SPIKE
+        if self._keeps_copies:
+            kept = copy.deepcopy(self._kept)
+            self.module.load_state_dict(kept["module"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self._losses.load_state_dict(kept["losses"])
+            if self.ema is not None:
+                self.ema.load_state_dict(kept["ema"])
 
     @torch.no_grad()
     def _update_average(self, skipped: Tensor | None) -> None:
@@ -242,16 +408,83 @@ class Stepper:
             torch._foreach_copy_(self._averaged_buffers, self._buffers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scaler and average as tensors and numbers, so that `torch.load(weights_only=True)` reads them back."""
-        parts = {"scaler": self.scaler, "ema": self.ema}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        """Tensors and numbers only, so that `torch.load(weights_only=True)` reads them back."""
+        parts = {"optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
+        numbers = {name: getattr(self, name) for name in ("steps_done", "accumulation", "rate_factor", "variant")}
+        spikes = {"losses": self._losses.state_dict(), "spikes_in_a_row": self._spikes_in_a_row, "kept": self._kept}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None} | numbers | spikes
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of a stepper with the same precision and average."""
-        if self.scaler is not None:
+        """Continue from `state_dict()` of a stepper of the same config, saved by any number of processes."""
+        optimizer = saved["optimizer"]
+        if distributed.is_sharded():
+            states = optimizer["state"].items()
+            cut = {index: distributed.sliced_like(state, self._parameters[index]) for index, state in states}
+            optimizer = {**optimizer, "state": cut}
+        self.optimizer.load_state_dict(optimizer)
+        if self.scaler is not None and "scaler" in saved:  # a run may move to a card that needs one
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
+            self.ema.load_state_dict(distributed.sliced_like(saved["ema"], self.ema.state_dict()))
+        for name in ("steps_done", "accumulation", "rate_factor", "variant"):
+            setattr(self, name, saved[name])
+        self._losses.load_state_dict(saved["losses"])
+        self._spikes_in_a_row, self._kept = saved["spikes_in_a_row"], saved["kept"]
+
+
+class LossStatistics:
+    """Running mean and deviation of the losses so far, each loss weighing 0.98 of the one after it.
+
+    Of their logarithms, as long as all are positive: late in training the losses of batches have a long tail, and on their
+    own scale an ordinary run has false alarms by the dozen.
+    """
+
+    DECAY, LEAST = 0.98, 50  # fewer losses than LEAST say too little to call one a spike
+    FLOOR = 1e-3  # least deviation, as a share of the loss: a rounding is no spike
+
+    def __init__(self) -> None:
+        self.number, self.mean, self.variance, self.logarithmic = 0, 0.0, 0.0, True
+
+    def is_spike(self, loss: float, deviations: float) -> bool:
+        """Whether a loss is not finite, or stands so many deviations above the mean."""
+        if not math.isfinite(loss):
+            return True
+        if self.number < self.LEAST or (self.logarithmic and loss <= 0):
+            return False
+        value, floor = (math.log(loss), self.FLOOR) if self.logarithmic else (loss, self.FLOOR * abs(self.mean))
+        return value > self.mean + deviations * max(math.sqrt(self.variance), floor)
+
+    def add(self, loss: float) -> None:
+        """Take in one loss; the first that is not positive begins anew, without logarithms."""
+        if self.logarithmic and loss <= 0:
+            self.number, self.mean, self.variance, self.logarithmic = 0, 0.0, 0.0, False
+        self.number += 1
+        weight = max(1 - self.DECAY, 1 / self.number)  # a plain mean at first
+        difference = (math.log(loss) if self.logarithmic else loss) - self.mean
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference**2)
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything, as numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, saved: dict[str, float]) -> None:
+        """Continue from `state_dict()`."""
+        vars(self).update(saved)
+
+
+def _loss_and_means(returned: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return returned if isinstance(returned, tuple) else (returned, {})
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, of torch on a CPU, of cuBLAS and cuDNN
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, config: OptimizationConfig) -> Tensor:
@@ -264,8 +497,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, config: OptimizationConfig) ->
         labels: (B,) int64.
         config: its `label_smoothing`.
     """
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    return functional.cross_entropy(_widened(logits), labels, label_smoothing=config.label_smoothing)
 
 
 def checkpointed(blocks: Iterable[nn.Module], inputs: Any, enabled: bool = True) -> Any:

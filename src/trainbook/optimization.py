@@ -1,14 +1,17 @@
 """What a workflow that trains by gradient can be told about its optimizer. Needs no torch."""
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainbook.config import BaseConfig
 
 
 class OptimizationConfig(BaseConfig):
-    """The choices of training by gradient; a workflow's Config subclasses it and `optim` carries them out."""
+    """The choices of training by gradient; a workflow's Config subclasses it, `optim` and `fitting` carry them out."""
+
+    DATA_PARALLEL: ClassVar[bool] = True
+    BRIEF_NAMES: ClassVar[dict[str, str]] = {"gradient_clipping": "clip_norm", "mixed_precision": "precision"}
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw: Adam with decoupled weight decay; sgd: gradient descent with momentum."""
@@ -35,12 +38,38 @@ class OptimizationConfig(BaseConfig):
     clip_value: float = Field(default=0.0, ge=0)
     """Clip every entry of the gradient to plus or minus this, after clip_norm; 0 does not clip."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches per step: less memory, the gradient of the whole batch."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of matrix products and convolutions; weights stay in float32, and float16 scales its losses."""
+    """Micro-batches per step: less memory, the gradient of the whole batch. Doubled when memory runs out."""
+    batch_scaling: Literal["kept", "per_process"] = "kept"
+    """With several processes: share batch_size among them, or give that much to each; learning_rate stays as it is."""
+    precision: Literal["float32", "bfloat16", "float16", "mixed"] = "float32"
+    """Of products and convolutions; weights stay float32, float16 scales its losses; mixed: what the device is fast at."""
+    tf32: bool = False
+    """On NVIDIA cards from Ampere on: float32 products with 10 bits of mantissa, several times faster."""
+    acceleration: Literal["off", "measured", "channels_last", "compiled"] = "off"
+    """Run the model as written, or in a faster form; measured: time the forms first and keep the fastest that agrees."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay per step of the exponential moving average of the weights; 0 keeps none."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of a label's probability that is spread over all classes."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
+
+    validate_every: int = Field(default=0, ge=0)
+    """Steps between two measurements on the validation split; 0 takes none."""
+    best_metric: str = "valid_loss"
+    """The validation metric that chooses the weights: those of the best measurement are the ones evaluated and exported."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of best_metric is best."""
+    patience: int = Field(default=0, ge=0)
+    """Measurements without a new best after which training ends; 0 never ends it."""
+
+    spike_deviations: float = Field(default=0.0, ge=0)
+    """A loss is a spike when its logarithm stands so many deviations above the running mean, or it is not finite; 0: no rule."""
+    on_spike: Literal["skip", "lower_rate", "roll_back"] = "skip"
+    """Leave the step out; also halve the rate from then on; or also return to the weights kept every 100 steps."""
+
+    @model_validator(mode="after")
+    def _validation_can_happen(self) -> Self:
+        if self.patience and not self.validate_every:
+            raise ValueError("patience counts validations: set validate_every too")
+        return self

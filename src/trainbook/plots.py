@@ -2,16 +2,19 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 DOTS_PER_INCH = 100
 MAX_CURVES = 12
+MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 20  # in a picture of attention; tokens along an axis that carry their text
 
 
 def new_figure(num_columns: int = 1, num_rows: int = 1, width: float = 4.2, height: float = 3.0) -> tuple[Figure, np.ndarray]:
@@ -113,6 +116,16 @@ def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
     return figure
 
 
+def schedules(rates: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
+    """The learning rate of each stage before it is trained: name to steps and rates."""
+    figure, axes = new_figure(len(rates), width=4.2, height=2.2)
+    for panel, (name, (steps, values)) in zip(axes[0], rates.items(), strict=True):
+        panel.plot(steps, values, linewidth=1.2)
+        panel.set(title=f"{name.replace('_', ' ')}: learning rate", xlabel="step of the stage", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    return figure
+
+
 def record_curves(history: list[dict[str, Any]]) -> Figure:
     """One panel for each real number that the records hold, over steps, with stages told apart by colour."""
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -142,3 +155,52 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     for panel in list(axes.flat)[len(shown) :]:
         panel.set_axis_off()
     return figure
+
+
+def draw_attention(weights: Mapping[str, Tensor], tokens: Sequence[str] | None = None, example: int = 0) -> Figure:
+    """Attention weights of one example: a row of panels per operation, a panel per head, one colour scale for all.
+
+    At most `MAX_LAYERS` operations and `MAX_HEADS` heads are drawn, the first ones; the title says so when there are more.
+
+    Args:
+        weights: name to (B, H, Q, K), as from `attention.attention_weights`.
+        tokens: texts along each axis of their number, Q or K; every nth where they would not fit.
+        example: which of the batch.
+
+    Raises:
+        ValueError: when there is nothing to draw, or no axis is as long as `tokens`.
+    """
+    if not weights:
+        raise ValueError("no attention weights to draw")
+    values = {name: operation[example].float().cpu().numpy() for name, operation in weights.items()}
+    lengths = {length for value in values.values() for length in value.shape[1:]}
+    if tokens is not None and len(tokens) not in lengths:
+        raise ValueError(f"{len(tokens)} tokens, but the axes have the lengths {sorted(lengths)}")
+    shown = [(name, value[:MAX_HEADS]) for name, value in list(values.items())[:MAX_LAYERS]]
+    top = max(np.nanmax(value, initial=0) for _, value in shown)
+    num_columns, num_heads = max(len(value) for _, value in shown), max(len(value) for value in values.values())
+    figure, axes = new_figure(num_columns, len(shown), width=2.5, height=2.5)
+    for index, (name, value) in enumerate(shown):
+        is_last = index + 1 == len(shown) or shown[index + 1][1].shape != value.shape
+        for head, (panel, matrix) in enumerate(zip(axes[index], value, strict=False)):
+            picture = panel.imshow(matrix, aspect="auto", vmin=0, vmax=top)
+            panel.set_title(f"head {head}" if head else f"{name}\nhead 0", fontsize=8, loc="left")
+            panel.set(xticks=[], yticks=[])
+            if head == 0:
+                _name_axis(panel.yaxis, "query", matrix.shape[0], tokens)
+            if is_last:
+                _name_axis(panel.xaxis, "key", matrix.shape[1], tokens)
+                panel.tick_params(axis="x", rotation=90)
+        for panel in axes[index, len(value) :]:
+            panel.set_axis_off()
+    figure.colorbar(picture, ax=axes, label="attention weight", aspect=20 * len(shown), fraction=0.15 / num_columns)
+    if len(values) > MAX_LAYERS or num_heads > MAX_HEADS:
+        figure.suptitle(f"the first {len(shown)} of {len(values)} operations, {num_columns} of {num_heads} heads", fontsize=10)
+    return figure
+
+
+def _name_axis(axis: Axis, name: str, length: int, tokens: Sequence[str] | None) -> None:
+    texts = tokens if tokens is not None and len(tokens) == length else [str(position) for position in range(length)]
+    step = math.ceil(length / MAX_TOKENS)
+    axis.set_ticks(range(0, length, step), texts[::step], fontsize=6, parse_math=False)  # a token may be a "$"
+    axis.set_label_text(name, fontsize=8)

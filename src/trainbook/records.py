@@ -36,10 +36,12 @@ class Record:
     Attributes:
         metrics: name to number, tensor, or nested list of numbers; may be empty.
         milestone: True asks the engine for a checkpoint here (the end of a stage).
+        examples: how many the step trained on, for the rate in examples per second; 0 when that means nothing.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     milestone: bool = False
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,21 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.figures = path / "figures"
         self.export = path / "export"
-        self.log = path / "run.log"
+        self.logs = path / "logs"
+        self.log = self.logs / "run.log"
+        self.events = self.logs / "tensorboard"
         self.report = path / "report.html"
         self.notebook = path / "notebook.ipynb"
         self.run_json = path / "run.json"
+        self.outcome = path / "outcome.json"  # how the processes of a session ended, for the one that started them
         self._lock: TextIO | None = None
 
-    def create(self, config: dict[str, Any]) -> None:
+    def create(self, config: dict[str, Any], elsewhere: dict[str, Path] | None = None) -> None:
         """Make the folder with its config, or check that it is this config's.
+
+        Args:
+            config: workflow, preset and fields.
+            elsewhere: "checkpoints" or "logs" to the folder that shall hold them; a link then lies in the run folder.
 
         Raises:
             UserError: when it cannot be written, or is another run's.
@@ -108,7 +117,15 @@ class RunFolder:
                 self.check(config)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
+                for name, place in (elsewhere or {}).items():
+                    if (place / self.path.name).exists() and any((place / self.path.name).iterdir()):
+                        raise UserError(
+                            f"{place / self.path.name} holds the {name} of an earlier run", "choose another --run-id, or move it"
+                        )
+                    (place / self.path.name).mkdir(parents=True, exist_ok=True)
+                    (self.path / name).symlink_to((place / self.path.name).absolute(), target_is_directory=True)
                 write_json(self.config, config)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path}: {error.strerror}",
@@ -245,7 +262,6 @@ def provenance() -> dict[str, Any]:
         "numpy",
         "scikit-learn",
         "scikit-image",
-        "accelerate",
         "transformers",
         "papermill",
     )

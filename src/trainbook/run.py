@@ -1,11 +1,10 @@
 """A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
 
 import logging
-import shutil
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,21 +12,25 @@ import torch
 from IPython import get_ipython
 from IPython.display import Image, display
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 
-from trainbook import plots, report
+from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
+from trainbook.checkpoints import newest_whole
 from trainbook.config import BaseConfig
 from trainbook.data import Data
-from trainbook.engine import Engine, seed_step
+from trainbook.engine import Engine, Outcome
 from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
+from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
 from trainbook.monitor import peak_memory_bytes
+from trainbook.processes import train_in_processes
 from trainbook.records import RunFolder, check_run_id, check_unchanged, new_run_id, now, provenance
-from trainbook.runtime import Runtime, configure_logging, detect
+from trainbook.runtime import Runtime, configure_logging, detect, group_size
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
+from trainbook.weights import export_weights, load_weights
 
 logger = logging.getLogger("trainbook")
 
@@ -75,11 +78,16 @@ def prepare(
     config = workflow.Config.from_preset(preset, overrides)
     runtime = detect()
     configure_logging(runtime.log_level)
+    if runtime.processes > 1 and not config.DATA_PARALLEL:
+        logger.warning("%s trains in one process; the other %d stay idle", name, runtime.processes - 1)
+        runtime = replace(runtime, processes=1)
+    if group_size() > 1 and not config.DATA_PARALLEL:
+        raise UserError(f"{name} trains in one process", "start it without torchrun")
     if authentic and folder is None:
         check_unchanged()
     if folder is None:
         run_id = check_run_id(run_id) or _unfinished(name, preset, config, authentic, runtime)
-        if not run_id or not (runtime.runs_folder / run_id).exists():
+        if distributed.rank() == 0 and not (run_id and (runtime.runs_folder / run_id).exists()):
             identity = _identity(name, preset, config, authentic)
             run_id = take_over(runtime.input_folders, runtime.runs_folder, identity, run_id) or run_id
         folder = RunFolder(runtime.runs_folder / (run_id or new_run_id(name, preset)))
@@ -127,11 +135,13 @@ class Run:
         self.data: Data | None = None
         self.state: TrainState | None = None
         self.summary: dict[str, Any] = {}
-        self._trained = False
+        self.trained = False
+        self._initial: dict[str, str] = {}
         self._identity = _identity(workflow.name, preset, config, authentic)
-        if self.folder.path.exists() and any(self.folder.path.iterdir()):
-            self.folder.check(self._identity)
-        self._check_writable()
+        if distributed.rank() == 0:  # the others, perhaps on another machine, do not write there
+            if self.folder.path.exists() and any(self.folder.path.iterdir()):
+                self.folder.check(self._identity)
+            self._check_writable()
 
     def _check_writable(self) -> None:
         folder = next(path for path in (self.folder.path, *self.folder.path.parents) if path.exists())
@@ -164,24 +174,32 @@ class Run:
         """Build modules and optimizers from the seed, and count the parameters."""
         seed_step(self.config.seed, 0)
         self.state = self.workflow.build(self.config, self.data, self.runtime)
+        if self.config.initial_weights and newest_whole(self.folder.checkpoints) is None:
+            self._initial = load_weights(self.state.modules, self.config.initial_weights, self.runtime.runs_folder)
+        if get_ipython() is not None and (rates := planned_rates(self.state)):
+            show(Image(plots.to_png(plots.schedules(rates))))
         counts = self.state.num_parameters()
         return Table(
             ["module", "parameters"],
             [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]],
         )
 
-    def train(self, checkpoint_seconds: float | None = None, progress: bool = True) -> None:
+    def train(self, checkpoint_seconds: float = 0.0, progress: bool = True) -> None:
         """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
 
         Args:
-            checkpoint_seconds: at most this much work is lost to a kill; None: what the runtime says.
+            checkpoint_seconds: time between checkpoints; 0 takes the runtime's.
             progress: show a progress bar.
 
         Raises:
             RunFailed: on a non-finite value or a checkpoint that cannot be written; the checkpoints before it are whole.
             Exception: whatever broke in the workflow. In every case run.json says why.
         """
-        self.folder.create(self._identity)
+        checkpoint_seconds = checkpoint_seconds or self.runtime.checkpoint_seconds
+        if distributed.rank() > 0:  # the first process keeps the run folder
+            self.trained = self.follow(checkpoint_seconds, progress).status == "complete"
+            return
+        self.folder.create(self._identity, self.runtime.elsewhere)
         self.folder.lock()
         configure_logging(self.runtime.log_level, self.folder.log)
         earlier = self.folder.summary() if self.folder.run_json.exists() else {}
@@ -191,26 +209,50 @@ class Run:
             self.summary = earlier
             print(f"{self.run_id} is complete already; nothing is trained or measured anew.")
             return
-        self._begin(earlier.get("segments", []))
+        self._begin(earlier)
         with self._segment_recorded():
-            engine = Engine(
-                self.folder,
-                self.runtime.device,
-                self.config.seed,
-                self.runtime.deadline,
-                checkpoint_seconds=self.runtime.checkpoint_seconds if checkpoint_seconds is None else checkpoint_seconds,
-                progress=progress,
-            )
-            self._segment["first_step"] = engine.restore(self.state)
-            if self.state.step:
-                logger.info("continuing %s at step %d of %d", self.run_id, self.state.step, self.state.total_steps)
-            outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
-            self._trained = outcome.status == "complete"
-            self.summary.update(why=outcome.why, status="running" if self._trained else "stopped")
+            if self.runtime.processes > 1 and distributed.size() == 1:
+                outcome = self._train_in_processes(checkpoint_seconds, progress)
+            else:
+                outcome = self.follow(checkpoint_seconds, progress)
+            self._segment["first_step"] = outcome.first_step
+            self.trained = outcome.status == "complete"
+            self.summary.update(why=outcome.why, status="running" if self.trained else "stopped")
         where = f"at step {self.state.step} of {self.state.total_steps}: {self.summary['why']}"
         logger.info("%s %s", self.run_id, where)
-        if not self._trained:
+        if not self.trained:
             print(f"Stopped {where}. Continue: trainbook resume {self.run_id}")
+
+    def follow(self, checkpoint_seconds: float, progress: bool) -> Outcome:
+        """Train in this process, which may be one of several, and leave run.json to the caller."""
+        engine = Engine(
+            self.folder,
+            self.runtime.device,
+            self.config.seed,
+            self.runtime.deadline,
+            checkpoint_seconds=checkpoint_seconds,
+            keep=self.runtime.keep,
+            progress=progress,
+        )
+        first = engine.restore(self.state)
+        if first:
+            logger.info("continuing %s at step %d of %d", self.run_id, first, self.state.total_steps)
+        outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
+        return replace(outcome, first_step=first, total_steps=self.state.total_steps)
+
+    def _train_in_processes(self, checkpoint_seconds: float, progress: bool) -> Outcome:
+        """Let other processes train, then take up what they reached."""
+        self.folder.unlock()  # the first of them claims it
+        try:
+            module = self.workflow.module.__name__
+            outcome = train_in_processes(
+                self.folder, module, self.runtime.processes, self.runtime.deadline, checkpoint_seconds, progress
+            )
+        finally:
+            self.folder.lock()
+            load_newest_checkpoint(self.folder.checkpoints, self.state, self.runtime.device)
+        self.state.total_steps = outcome.total_steps
+        return outcome
 
     @contextmanager
     def _segment_recorded(self) -> Iterator[None]:
@@ -219,8 +261,9 @@ class Run:
         try:
             yield
         except BaseException as error:
-            logger.debug("%s", traceback.format_exc())
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            if status == "failed":
+                logger.error("%s failed at step %d", self.run_id, self.state.step, exc_info=True)
             self.summary.update(status=status, why=str(error) or type(error).__name__)
             raise
         finally:
@@ -240,8 +283,9 @@ class Run:
                 "put the data back as it was, or start a new run",
             )
 
-    def _begin(self, earlier: list[dict[str, Any]]) -> None:
+    def _begin(self, earlier_summary: dict[str, Any]) -> None:
         """Write run.json of a run under way; the segments of earlier sessions stay in it."""
+        earlier = earlier_summary.get("segments", [])
         if earlier and earlier[-1]["ended"] is None:  # cut off: what is known of it is the last reading of the machine
             readings = [r for r in read_lines(self.folder.system) if r["session"] >= earlier[-1]["started"]]
             if readings:
@@ -251,6 +295,7 @@ class Run:
             "device": self.runtime.device,
             "device_name": self.runtime.device_name(),
             "threads": torch.get_num_threads(),
+            "processes": max(self.runtime.processes, distributed.size()),
             "started": now(),
             "ended": None,
             "first_step": 0,
@@ -265,9 +310,9 @@ class Run:
             "config_sha256": self._identity["config_sha256"],
             "seed": self.config.seed,
             "data": {key: getattr(self.data, key) for key in ("source", "licence", "sha256", "synthetic")},
+            "initial_weights": self._initial or earlier_summary.get("initial_weights", {}),
             "provenance": provenance(),
             "segments": [*earlier, self._segment],
-            "total_steps": self.state.total_steps,
             "parameters": self.state.num_parameters(),
         }
         self._write_summary()
@@ -277,8 +322,9 @@ class Run:
         price = self.runtime.price_per_hour
         self.summary.update(
             step=self.state.step,
+            total_steps=self.state.total_steps,
             wall_seconds=seconds,
-            gpu_seconds=sum(s["seconds"] for s in self.summary["segments"] if s["device"].startswith("cuda")),
+            gpu_seconds=sum(s["seconds"] * s["processes"] for s in self.summary["segments"] if s["device"].startswith("cuda")),
             peak_memory_bytes=peak_memory_bytes(self.runtime.device),
             estimated_cost=None if price is None else price * seconds / 3600,
         )
@@ -310,7 +356,7 @@ class Run:
     @property
     def _unfinished_because(self) -> str:
         """Why there is nothing to evaluate, draw or finish; "" when training came to its end."""
-        if self._trained or self._complete_already:
+        if self.trained or self._complete_already:
             return ""
         status = self.summary.get("status", "not trained")
         return f"not evaluated: the run is {status}. Go on with: trainbook resume {self.run_id}"
@@ -346,10 +392,11 @@ class Run:
 
     def finish(self) -> str:
         """Export the weights, write the report, and run.json last of all."""
-        if self._trained and "metrics" in self.summary:
+        if self.trained and "metrics" in self.summary:
+            self.folder.figures.mkdir(exist_ok=True)
             with self._segment_recorded():
                 self._export()
-                complete = {"status": "complete", "why": "all steps done and evaluated", "files": self._checksums()}
+                complete = {"status": "complete", "why": f"{self.summary['why']}; evaluated", "files": self._checksums()}
                 report.write(self.folder, {**self.summary, **complete})
             self.summary.update(complete)
             self._write_summary()
@@ -359,15 +406,8 @@ class Run:
         return f"{self.summary.get('status', 'not trained')}: {self.folder.report}"
 
     def _export(self) -> None:
-        shutil.rmtree(self.folder.export, ignore_errors=True)
-        self.folder.export.mkdir()
-        for name, module in self.state.modules.items():
-            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-            save_file(
-                tensors,
-                str(self.folder.export / f"{name}.safetensors"),
-                metadata={"run_id": self.run_id, "config_sha256": self.config.sha256()},
-            )
+        metadata = {"run_id": self.run_id, "config_sha256": self.config.sha256()}
+        export_weights(self.state.modules, self.folder.export, metadata)
         write_json(self.folder.export / "config.json", self._identity)
 
     def _checksums(self) -> dict[str, str]:

@@ -18,18 +18,27 @@ from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
-CHECKPOINT_EVERY, INPUTS = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_INPUTS"
-# The runtime's settings, as the command line and run.toml name them, and where a child process finds them.
+PROCESSES, SHARD, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_SHARD", "TRAINBOOK_WORKERS"
+CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
+CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
+# The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
 SETTINGS = {
     "runs": RUNS,
     "data": DATA,
     "device": DEVICE,
     "time_budget": TIME_BUDGET,
     "log_level": LOG_LEVEL,
+    "processes": PROCESSES,
+    "shard": SHARD,
+    "workers": WORKERS,
     "checkpoint_every": CHECKPOINT_EVERY,
+    "keep": KEEP,
+    "checkpoint_dir": CHECKPOINT_DIR,
+    "log_dir": LOG_DIR,
     "inputs": INPUTS,
     "price_per_hour": PRICE,
 }
+ERROR_LOG = "errors.log"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 KAGGLE_BUDGET_SECONDS = 11 * 3600  # a Kaggle session is cut at 12 h and a cut session's files may be lost
@@ -48,7 +57,12 @@ class Runtime:
         data_folder: downloads are kept here.
         deadline: `time.monotonic()` value at which training stops and saves, or None.
         price_per_hour: what the machine costs, in the currency of whoever set it, or None.
+        processes: how many train together on this machine, each on its own GPU where there are several.
+        sharded: each keeps a slice of every parameter instead of a copy.
+        workers: processes that read a data set too large for the device.
         checkpoint_seconds: at most this much work is lost to a kill.
+        keep: number of checkpoints kept.
+        elsewhere: "checkpoints" and "logs" to a folder that shall hold them instead of the run folder.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
         reasons: for platform, device, dtype and time budget, why.
     """
@@ -60,15 +74,22 @@ class Runtime:
     data_folder: Path
     deadline: float | None
     price_per_hour: float | None = None
-    checkpoint_seconds: float = 60.0
-    input_folders: tuple[Path, ...] = ()
     log_level: str = "INFO"
+    processes: int = 1
+    sharded: bool = False
+    workers: int = 0
+    checkpoint_seconds: float = 60.0
+    keep: int = 2
+    elsewhere: dict[str, Path] = field(default_factory=dict)
+    input_folders: tuple[Path, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[list[str]]:
         """Table rows: what, chosen, why."""
         left = "none" if self.deadline is None else f"{(self.deadline - time.monotonic()) / 3600:.2f} h"
         chosen = {"platform": self.platform, "device": self.device, "dtype": self.dtype, "time budget": left}
+        if self.processes > 1:
+            chosen["processes"] = f"{self.processes}, each with {'a slice' if self.sharded else 'a copy'} of the weights"
         folders = [
             ["runs", str(self.runs_folder), f"${RUNS} or ./runs"],
             ["data", str(self.data_folder), f"${DATA} or the user's cache"],
@@ -95,6 +116,7 @@ def detect() -> Runtime:
     device, device_reason = _device(os.environ.get(DEVICE, "auto"))
     dtype, dtype_reason = _dtype(device)
     budget, budget_reason = _time_budget(where)
+    processes, processes_reason = _processes(where, device)
     level = os.environ.get(LOG_LEVEL, "INFO").upper()
     if level not in LOG_LEVELS:
         raise UserError(f"{LOG_LEVEL}={level} is not a log level", f"choose one of: {', '.join(LOG_LEVELS)}")
@@ -106,14 +128,20 @@ def detect() -> Runtime:
         data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
         deadline=None if budget is None else time.monotonic() + budget,
         price_per_hour=_price(),
-        checkpoint_seconds=parse_duration(os.environ.get(CHECKPOINT_EVERY) or "60s"),
-        input_folders=_input_folders(where),
         log_level=level,
+        processes=processes,
+        sharded=os.environ.get(SHARD, "") in ("1", "true", "True"),
+        workers=_whole_number(WORKERS, 0, least=0),
+        checkpoint_seconds=_checkpoint_seconds(),
+        keep=_whole_number(KEEP, 2, least=1),
+        elsewhere=_elsewhere(),
+        input_folders=_input_folders(where),
         reasons={
             "platform": platform_reason,
             "device": device_reason,
             "dtype": dtype_reason,
             "time budget": budget_reason,
+            "processes": processes_reason,
         },
     )
 
@@ -154,6 +182,25 @@ def import_from(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
+def group_size() -> int:
+    """Processes of the group that torchrun started this one in; 1 outside one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def leave_group() -> None:
+    """Forget torchrun's settings, so that what this process starts next trains on its own."""
+    for name in list(os.environ):
+        if name.startswith("TORCHELASTIC_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+            del os.environ[name]
+
+
+def group_environment(time_left: float | None, processes: int) -> dict[str, str]:
+    """The environment of processes that train a run together: this one's, the time that is left, and their share of cores."""
+    own = dict(os.environ)
+    own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    return own | ({} if time_left is None else {TIME_BUDGET: f"{max(time_left, 0):.1f}s"})
+
+
 def parse_duration(text: str) -> float:
     """Seconds in a duration such as "90", "45s", "20m", "11h" or "1h30m".
 
@@ -167,7 +214,7 @@ def parse_duration(text: str) -> float:
 
 
 def configure_logging(level: str, file: Path | None = None) -> None:
-    """Send the kit's log to standard error from `level` up and, with everything in it, to `file`."""
+    """Send the kit's log to standard error from `level` up, all of it to `file`, and errors to errors.log beside that."""
     logger = logging.getLogger("trainbook")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -177,11 +224,14 @@ def configure_logging(level: str, file: Path | None = None) -> None:
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(level)
     console.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    console.addFilter(lambda record: record.exc_info is None)  # the notebook shows a traceback itself
     logger.addHandler(console)
-    if file is not None:
-        log = logging.FileHandler(file)
-        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(log)
+    for path, least in ((file, logging.DEBUG), (file and file.with_name(ERROR_LOG), logging.ERROR)):
+        if path is not None:
+            log = logging.FileHandler(path, delay=True)
+            log.setLevel(least)
+            log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            logger.addHandler(log)
 
 
 def _platform() -> tuple[str, str]:
@@ -204,7 +254,8 @@ def _device(wanted: str) -> tuple[str, str]:
         return "cpu", "torch sees no CUDA device"
     if wanted == "cpu":
         return "cpu", f"{DEVICE}=cpu"
-    name = "cuda:0" if wanted in ("auto", "cuda") else wanted
+    own = os.environ.get("LOCAL_RANK", "0") if group_size() > 1 else "0"
+    name = f"cuda:{own}" if wanted in ("auto", "cuda") else wanted
     try:
         # is_available() is true where the wheel has no kernels for the card: only an operation tells.
         torch.ones(8, device=name).sum().item()
@@ -216,6 +267,11 @@ def _device(wanted: str) -> tuple[str, str]:
     return name, "one real operation ran on it"
 
 
+def mixed_dtype(device: str) -> str:
+    """The number format of mixed precision on a device: bfloat16, float16, or float32 on a CPU."""
+    return _dtype(device)[0]
+
+
 def _dtype(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "float32", "CPU"
@@ -224,6 +280,37 @@ def _dtype(device: str) -> tuple[str, str]:
     # is_bf16_supported() counts emulation and says yes on a T4: go by the compute capability.
     major, minor = torch.cuda.get_device_capability(device)
     return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
+
+
+def _processes(where: str, device: str) -> tuple[int, str]:
+    wanted = os.environ.get(PROCESSES) or "auto"
+    if wanted != "auto":
+        return _whole_number(PROCESSES, 1, least=1), f"{PROCESSES}={wanted}"
+    if where == "kaggle" and device.startswith("cuda") and group_size() == 1:
+        import torch
+
+        if (number := torch.cuda.device_count()) > 1:
+            return number, f"Kaggle gave {number} GPUs"
+    return 1, ""
+
+
+def _whole_number(name: str, default: int, least: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} is not a whole number from {least} on", f"set it to one, such as {max(default, 2)}")
+    return int(text)
+
+
+def _checkpoint_seconds() -> float:
+    text = os.environ.get(CHECKPOINT_EVERY) or "60s"
+    if not (seconds := parse_duration(text)):
+        raise UserError(f"{CHECKPOINT_EVERY}={text} leaves no time between checkpoints", "set it to 1s or more")
+    return seconds
+
+
+def _elsewhere() -> dict[str, Path]:
+    wanted = {"checkpoints": os.environ.get(CHECKPOINT_DIR), "logs": os.environ.get(LOG_DIR)}
+    return {name: Path(place).absolute() for name, place in wanted.items() if place and place != name}
 
 
 def _price() -> float | None:

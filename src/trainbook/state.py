@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainbook.checkpoints import METADATA_FILE, STATE_FILE, numbered, read_checkpoint
-
-logger = logging.getLogger("trainbook")
+from trainbook import distributed
+from trainbook.checkpoints import METADATA_FILE, STATE_FILE, newest_whole
 
 
 @dataclass
@@ -24,10 +22,11 @@ class TrainState:
     Attributes:
         modules: name to module; tensors that training carries besides weights (Gibbs chains) are buffers of one.
         optimizers: name to optimizer.
-        stateful: name to anything else with `state_dict` and `load_state_dict`, such as an `optim.Stepper`.
+        stateful: name to anything else with `state_dict` and `load_state_dict`, such as a `fitting.Stage`.
         total_steps: how many steps the run takes, over all stages.
         step: how many are done.
         stage: the stage the next step belongs to.
+        ending: why training ended before all steps were done, or "".
     """
 
     modules: dict[str, nn.Module]
@@ -36,6 +35,7 @@ class TrainState:
     total_steps: int = 0
     step: int = 0
     stage: str = ""
+    ending: str = ""
 
     def _parts(self) -> dict[str, dict[str, Any]]:
         return {"modules": self.modules, "optimizers": self.optimizers, "stateful": self.stateful}
@@ -55,7 +55,8 @@ class TrainState:
             if group.keys() != saved[kind].keys():
                 raise KeyError(f"{kind}: saved {sorted(saved[kind])}, this run has {sorted(group)}")
             for name, part in group.items():
-                part.load_state_dict(saved[kind][name])
+                content = saved[kind][name]
+                part.load_state_dict(distributed.sliced_like(content, part.state_dict()) if kind == "modules" else content)
         self.step, self.stage = saved["step"], saved["stage"]
 
     def num_parameters(self) -> dict[str, int]:
@@ -68,7 +69,7 @@ class TrainState:
             f"{name}.{key}"
             for name, module in self.modules.items()
             for key, tensor in module.state_dict().items()
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+            if tensor.is_floating_point() and not bool(torch.isfinite(distributed.own_part(tensor)).all())
         ]
 
 
@@ -80,7 +81,7 @@ def snapshot(state: TrainState, metadata: dict[str, Any]) -> dict[str, bytes]:
         metadata: plain JSON kept beside it.
     """
     buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
+    torch.save(distributed.whole(state.state_dict()), buffer)
     described = json.dumps({**metadata, "step": state.step, "stage": state.stage}).encode()
     return {STATE_FILE: buffer.getvalue(), METADATA_FILE: described}
 
@@ -88,14 +89,12 @@ def snapshot(state: TrainState, metadata: dict[str, Any]) -> dict[str, bytes]:
 def load_newest_checkpoint(folder: Path, state: TrainState, device: str) -> dict[str, Any] | None:
     """Put the newest whole checkpoint into `state` and return its metadata; None when there is none.
 
-    A torn or altered checkpoint is skipped with a warning.
+    A torn or altered checkpoint is skipped with a warning. Of several processes the first reads it for all.
     """
-    for checkpoint in numbered(folder):
-        try:
-            contents = read_checkpoint(checkpoint)
-        except ValueError as error:
-            logger.warning("skipping checkpoint %s", error)
-            continue
-        state.load_state_dict(torch.load(io.BytesIO(contents[STATE_FILE]), map_location=device, weights_only=True))
-        return json.loads(contents[METADATA_FILE])
-    return None
+    contents = newest_whole(folder) if distributed.rank() == 0 else None
+    names = (STATE_FILE, METADATA_FILE)
+    found = {name: distributed.bytes_from_first(contents[name] if contents else None) for name in names}
+    if found[STATE_FILE] is None:
+        return None
+    state.load_state_dict(torch.load(io.BytesIO(found[STATE_FILE]), map_location=device, weights_only=True))
+    return json.loads(found[METADATA_FILE])

@@ -20,9 +20,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from trainbook.data import Data, batch_indices
-from trainbook.engine import seed_step
 from trainbook.errors import RunFailed, UserError
+from trainbook.optim import Stepper
 from trainbook.runtime import Runtime
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn import autoencoder as ae
 from trainbook.workflows.timestep_dbn import chain as chain_module
@@ -295,9 +296,9 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "dbn": rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
-        "logistic_chain": torch.optim.Adam(logistic.parameters(), lr=config.learning_rate),
     }
-    return TrainState(modules, optimizers, total_steps=plan.total_steps, step=plan.autoencoder_steps)
+    stepper = Stepper(logistic, config.optimization(config.learning_rate), plan.baseline_steps)
+    return TrainState(modules, optimizers, {"logistic_chain": stepper}, total_steps=plan.total_steps, step=plan.autoencoder_steps)
 
 
 def drive(config: Config, data: Data, state: TrainState, stop: int | None = None) -> TrainState:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from trainbook.config import BaseConfig
+from trainbook.optimization import OptimizationConfig
 from trainbook.records import Target
 
 
@@ -24,6 +25,12 @@ class Config(BaseConfig):
             "ais_temperatures": 1000,
         },
     }  # fmt: skip
+
+    BRIEF_NAMES: ClassVar[dict[str, str]] = {
+        "num_epochs": "epochs_per_timestep",
+        "gradient_clipping": "clip_norm",
+        "mixed_precision": "precision",
+    }
 
     dataset: Literal["digits", "cifar10_airplane", "file"] = "digits"
     """digits: scikit-learn's 1,797 real 8x8 images; cifar10_airplane: downloaded by torchvision; file: see data_file."""
@@ -79,6 +86,11 @@ class Config(BaseConfig):
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
     """Rate of the baselines' optimizers, lowered to a tenth by a cosine."""
 
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Of the autoencoder and the logistic step: scale the gradient down to this Euclidean norm; 0 does not clip."""
+    precision: Literal["float32", "bfloat16", "float16", "mixed"] = "float32"
+    """Of the products in the autoencoder and the logistic step; the RBMs' are float32. mixed: what the device is fast at."""
+
     sampling_sweeps: int = Field(default=20, ge=1)
     """Gibbs sweeps per reverse step when sampling."""
     num_samples: int = Field(default=256, ge=8)
@@ -95,6 +107,17 @@ class Config(BaseConfig):
         if min(self.code_channels) < 1 or min(self.hidden_units) < 1:
             raise ValueError("code_channels and hidden_units must be positive")
         return self
+
+    def optimization(self, rate: float) -> OptimizationConfig:
+        """Of a stage whose highest learning rate is given: Adam, and a cosine down to a tenth of the rate."""
+        return OptimizationConfig(
+            learning_rate=rate,
+            weight_decay=0.0,
+            schedule="cosine",
+            final_learning_rate_share=0.1,
+            clip_norm=self.clip_norm,
+            precision=self.precision,
+        )
 
     @property
     def block_timesteps(self) -> int:

@@ -1,6 +1,5 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainbook.data import Data, batch_indices
+from trainbook.data import Batches, Data
 from trainbook.errors import RunFailed
+from trainbook.fitting import Stage
+from trainbook.optim import Stepper, learning_rate
 from trainbook.records import Record
 from trainbook.runtime import Runtime
 from trainbook.state import TrainState
@@ -21,7 +22,6 @@ from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedu
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
-LOWEST_RATE = 0.1  # the cosine ends at this share of the learning rate
 CPU_TILE = 10  # timesteps stepped at once on a CPU, so that what a step makes stays in the cache
 METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
@@ -77,14 +77,18 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     for module in modules.values():
         module.to(runtime.device)
     plan = Plan.of(config, len(images))
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "autoencoder": torch.optim.Adam(modules["autoencoder"].parameters(), lr=config.autoencoder_learning_rate),
-        "logistic_chain": torch.optim.Adam(modules["logistic_chain"].parameters(), lr=config.baseline_learning_rate),
+    optimization = config.optimization(config.autoencoder_learning_rate)
+    stateful = {
+        AUTOENCODER: Stage(AUTOENCODER, modules["autoencoder"], optimization, plan.autoencoder_steps),
+        "logistic_chain": Stepper(
+            modules["logistic_chain"], config.optimization(config.baseline_learning_rate), plan.baseline_steps
+        ),
     }
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
         optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
-    return TrainState(modules, optimizers, total_steps=plan.total_steps, stage=AUTOENCODER)
+    return TrainState(modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER)
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
@@ -95,7 +99,7 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     """
     plan = Plan.of(config, len(data.train["images"]))
     if state.step < plan.autoencoder_steps:
-        yield from _train_autoencoder(config, data, state, plan)
+        yield from _train_autoencoder(config, data, state)
     if state.step < plan.total_steps:
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
@@ -103,35 +107,25 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
         yield from _train_baselines(config, codes["train"], state, plan)
 
 
-def cosine_rate(rate: float, step: int, total: int) -> float:
-    """Learning rate that falls from `rate` to a tenth of it over `total` steps along half a cosine."""
-    return rate * (LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * step / total)) / 2)
-
-
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def _train_autoencoder(config: Config, data: Data, state: TrainState, plan: Plan) -> Iterator[Record]:
-    model, optimizer, images = state.modules["autoencoder"], state.optimizers["autoencoder"], data.train["images"]
-    state.stage = AUTOENCODER
-    while state.step < plan.autoencoder_steps:
-        batch = images[batch_indices(config.seed, state.step, len(images), config.batch_size).to(images.device)]
-        _set_rate(optimizer, cosine_rate(config.autoencoder_learning_rate, state.step, plan.autoencoder_steps))
-        loss, parts = autoencoder_loss(model, batch, config.confidence_weight, config.balance_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        state.step += 1
-        yield Record({"loss": loss.detach(), **parts}, milestone=state.step == plan.autoencoder_steps)
+def _train_autoencoder(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return autoencoder_loss(model, batch["images"], config.confidence_weight, config.balance_weight)
+
+    batches = Batches({"images": data.train["images"]}, config.seed, config.batch_size)
+    yield from state.stateful[AUTOENCODER].train(state, batches, loss)
 
 
 def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
     dbn: TimestepDBN = state.modules["dbn"]
     device = codes["train"][0].device
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
-    num_images = len(codes["train"][0])
+    batches = Batches(dict(enumerate(codes["train"])), config.seed, config.batch_size)
+    optimization = config.optimization(config.learning_rate)
     state.stage = CHAIN
     while state.step < plan.chain_end:
         block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
@@ -143,9 +137,8 @@ def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
         blocks = dbn.blocks(start, stop)
         tile = CPU_TILE if device.type == "cpu" else stop - start
         while block_step < plan.block_steps:
-            indices = batch_indices(config.seed, block_step, num_images, config.batch_size).to(device)
-            clean = [code[indices] for code in codes["train"]]
-            rate = cosine_rate(config.learning_rate, block_step, plan.block_steps)
+            clean = list(batches(block_step).values())
+            rate = learning_rate(optimization, block_step, plan.block_steps)
             epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
             before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
             updates = [rbm_update(config, view, rate) for view in views]
@@ -161,7 +154,7 @@ def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             if position == 0:
                 metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
                 metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
-            yield Record(metrics, milestone=block_step == plan.block_steps)
+            yield Record(metrics, block_step == plan.block_steps, config.batch_size)
 
 
 @torch.no_grad()
@@ -275,7 +268,7 @@ def _epoch_metrics(
 def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, plan: Plan) -> Iterator[Record]:
     """The plain RBMs by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
     bits = torch.cat(codes, 1)
-    logistic, logistic_optimizer = state.modules["logistic_chain"], state.optimizers["logistic_chain"]
+    logistic: Stepper = state.stateful["logistic_chain"]
     schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
     fresh = state.step == plan.chain_end
     rbms = {name: state.modules[name] for name in RBM_BASELINES}
@@ -286,21 +279,18 @@ def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, pla
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
     step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
+    batches = Batches({"bits": bits}, config.seed, config.batch_size)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
-        batch = bits[batch_indices(config.seed, step, len(bits), config.batch_size).to(bits.device)]
-        rate = cosine_rate(config.baseline_learning_rate, step, plan.baseline_steps)
+        batch = batches(step)["bits"]
+        rate = learning_rate(logistic.config, step, plan.baseline_steps)
         for name, view in views.items():
             with torch.no_grad():
                 block, data = Block(*view), batch.unsqueeze(0)
                 bias, update = block.context_bias(context), rbm_update(config, view, rate)
                 contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
             step_optimizers[name](rate)
-        _set_rate(logistic_optimizer, rate)
-        loss = logistic.loss(batch, schedule)
-        logistic_optimizer.zero_grad()
-        loss.backward()
-        logistic_optimizer.step()
+        report = logistic.step(batch, lambda model, clean: model.loss(clean, schedule))
         state.step += 1
-        yield Record({"logistic_loss": loss.detach()}, milestone=state.step == plan.total_steps)
+        yield Record({"logistic_loss": report["loss"]}, state.step == plan.total_steps, config.batch_size)

@@ -1,0 +1,168 @@
+"""Several processes that train one model: this one's share of a batch, and what all of them agree on.
+
+Everything here also works in a single process, where it changes nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
+
+
+def size() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them, from 0; the first writes the run folder."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+_sharded = False
+
+
+def is_sharded() -> bool:
+    """Whether each process keeps a slice of every parameter instead of a whole copy."""
+    return _sharded and size() > 1
+
+
+@contextmanager
+def joined(sharded: bool = False) -> Iterator[None]:
+    """Be one of the processes that torchrun started, as its environment says; leaves the group at the end.
+
+    Tensors on a CPU travel through gloo, those on a GPU through NCCL.
+
+    Args:
+        sharded: keep slices of the parameters (FSDP2) instead of copies (DDP).
+    """
+    global _sharded
+    _sharded = sharded
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def share(indices: Tensor) -> Tensor:
+    """This process's part of the global batch's indices: contiguous, nearly equal, the same cut at any time.
+
+    Raises:
+        ValueError: when there are fewer examples than processes.
+    """
+    if len(indices) < size():
+        raise ValueError(f"a batch of {len(indices)} cannot be shared by {size()} processes")
+    return indices.tensor_split(size())[rank()] if size() > 1 else indices
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def largest_of(values: list[float]) -> list[float]:
+    """For each number the largest that any process has."""
+    if size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_first(values: Tensor) -> Tensor:
+    """The first process's values in every process, in place; (N,) on the CPU."""
+    if size() > 1:
+        distributed.broadcast(values, 0)
+    return values
+
+
+def bytes_from_first(content: bytes | None) -> bytes | None:
+    """The first process's bytes, or None where it has none; what the others pass does not matter."""
+    if size() == 1:
+        return content
+    length = from_first(torch.tensor([-1 if content is None else len(content)]))
+    if length.item() < 0:
+        return None
+    buffer = torch.empty(int(length), dtype=torch.uint8)
+    if rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8)) if content else None
+    return from_first(buffer).numpy().tobytes()
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """The module for a training loss: every process has the whole of it, gradients are averaged during the backward pass."""
+    if size() == 1:
+        return module
+    device = next(module.parameters()).device
+    return DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def shard(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Let every process keep a slice of each parameter (FSDP2), in place; the optimizer follows.
+
+    A child that has parameters is gathered and freed on its own, so that a model larger than one card fits.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes a second to import, and few runs need it
+
+    before = list(module.parameters())
+    for child in module.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child)
+    fully_shard(module)
+    sliced = dict(zip(map(id, before), module.parameters(), strict=True))
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [sliced[id(parameter)] for parameter in group["params"]]
+        for parameter in before:
+            state = optimizer.state.pop(parameter, None)
+            if state is not None:
+                optimizer.state[sliced[id(parameter)]] = sliced_like(state, sliced[id(parameter)])
+
+
+def whole(values: Any) -> Any:
+    """Nested dicts and lists with every slice of a sharded tensor put together again; all processes must call it."""
+    if not _sharded:
+        return values
+    if hasattr(values, "full_tensor"):
+        return values.full_tensor()
+    if isinstance(values, dict):
+        return {key: whole(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(whole(value) for value in values)
+    return values
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sliced_like(values: dict[str, Any], pattern: Tensor | dict[str, Any]) -> dict[str, Any]:
+    """This process's slices of whole tensors.
+
+    Args:
+        values: name to whole tensor, or to anything else, which stays as it is.
+        pattern: a sharded tensor that those of its shape are cut like, or a dict of such by the same names.
+    """
+    if not _sharded:
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    result = {}
+    for name, value in values.items():
+        like = pattern.get(name) if isinstance(pattern, dict) else pattern
+        if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
+            value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        result[name] = value
+    return result

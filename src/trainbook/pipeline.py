@@ -1,0 +1,348 @@
+"""Pipeline parallelism: each process holds one stage of a sequence of blocks, and micro-batches flow through all stages.
+
+The only user of torch.distributed.pipelining, which torch still calls alpha.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.func import functional_call
+from torch.nn.utils import get_total_norm
+
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+def distribute_layers(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Cut a sequence of layers into contiguous stages such that the heaviest stage is as light as can be.
+
+    Over cuts 0 = s_0 < s_1 < ... < s_K = n it minimises max_k sum_{s_(k-1) <= i < s_k} c_i, exactly, in O(K n^2).
+
+    Args:
+        costs: c, one per layer in any unit, none negative.
+        num_stages: K.
+
+    Returns:
+        The layers of each stage, at least one.
+
+    Raises:
+        ValueError: when there are more stages than layers, or a cost is negative or NaN.
+
+    Source: Skiena (2008), The Algorithm Design Manual, section 8.5, the linear partition problem.
+    """
+    if not 1 <= num_stages <= len(costs):
+        raise ValueError(f"{len(costs)} layers cannot fill {num_stages} stages: each needs at least one")
+    if not all(cost >= 0 for cost in costs):
+        raise ValueError(f"costs must not be negative, got {list(costs)}")
+    total = [0, *accumulate(costs)]
+
+    @cache
+    def best(stop: int, stages: int) -> tuple[float, int]:
+        """Cost of the heaviest of `stages` stages over the first `stop` layers, and where the last of them starts."""
+        if stages == 1:
+            return total[stop], 0
+        return min((max(best(cut, stages - 1)[0], total[stop] - total[cut]), cut) for cut in range(stages - 1, stop))
+
+    found, stop = [], len(costs)
+    for stages in range(num_stages, 0, -1):
+        start = best(stop, stages)[1]
+        found.append(range(start, stop))
+        stop = start
+    return found[::-1]
+
+
+class Pipeline:
+    """The stage that this process holds of a sequence of blocks: stage k in the process of rank k.
+
+    Every process makes the same calls with the same arguments, the whole batch too, in the same order. One that fails
+    leaves the others waiting for it: start them with torchrun, which then ends all.
+
+    Randomness is each process's own: seed the generator in each before a step, with its rank, so that dropout differs
+    between stages and repeats after a resume. Nothing else here draws from it. Batch normalisation sees micro-batches.
+    The first block of a stage must not overwrite its input.
+
+    Args:
+        blocks: the whole sequence, with equal weights in every process; each block takes a float tensor, example first
+            (the very first may take integers), and gives one whose shape follows from that of its input. The blocks of
+            the other stages lose their tensors: they are moved to the meta device.
+        loss_function: (outputs, targets) -> mean loss, in which every example weighs the same.
+        num_micro_batches: into how many equal parts a batch is cut, at least one per stage. The share of time that a
+            stage idles is (K - 1) / (K - 1 + num_micro_batches) for K stages.
+        schedule: "gpipe" runs all parts forward, then all backward. "1f1b" alternates as soon as it can, so that a stage
+            keeps the activations of at most K parts.
+        device: of this process. Under NCCL, one GPU per process.
+        costs: per block, for `distribute_layers`; by default the number of parameters, at least 1.
+
+    Attributes:
+        layers: which blocks each stage has.
+        stage: this one's, under the names they have in the whole sequence. Its parameters are what the optimizer gets.
+
+    Raises:
+        TypeError: when `blocks` is no plain sequence.
+        ValueError: when blocks, stages and micro-batches do not fit, or two stages share a parameter.
+
+    Source: Huang et al. (2019), GPipe; Narayanan et al. (2019), PipeDream (1F1B).
+    """
+
+    def __init__(
+        self,
+        blocks: nn.Sequential,
+        loss_function: Callable[[Tensor, Tensor], Tensor],
+        num_micro_batches: int,
+        schedule: str = "1f1b",
+        device: str | torch.device = "cpu",
+        costs: Sequence[float] | None = None,
+    ) -> None:
+        if not isinstance(blocks, nn.Sequential) or type(blocks).forward is not nn.Sequential.forward:
+            raise TypeError(f"blocks must be an nn.Sequential with its own forward, got {type(blocks).__name__}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}; there are {', '.join(SCHEDULES)}")
+        self.rank, self.num_stages = dist.get_rank(), dist.get_world_size()
+        if num_micro_batches < self.num_stages:
+            raise ValueError(
+                f"{num_micro_batches} micro-batches are fewer than the {self.num_stages} stages: use at least as many"
+            )
+        if costs is None:
+            costs = [max(1, sum(p.numel() for p in block.parameters())) for block in blocks]
+        if len(costs) != len(blocks):
+            raise ValueError(f"{len(costs)} costs for {len(blocks)} blocks")
+        self.layers = distribute_layers(costs, self.num_stages)
+        blocks = nn.Sequential(OrderedDict(blocks._modules))  # a subclass may not be cut; named_children skips repeated ones
+        stages = [blocks[layers.start : layers.stop] for layers in self.layers]
+        owned = [{id(p) for p in stage.parameters()} for stage in stages]
+        if sum(map(len, owned)) > len(set().union(*owned)):
+            raise ValueError(f"two of the stages {self.layers} share a parameter: choose costs that keep its blocks together")
+        for rank, stage in enumerate(stages):
+            stage.to(device if rank == self.rank else "meta")
+
+        self.loss_function, self.num_micro_batches, self.device = loss_function, num_micro_batches, torch.device(device)
+        self.stage, self._stages, self._blocks = stages[self.rank], stages, blocks
+        self._is_first, self._is_last = self.rank == 0, self.rank == self.num_stages - 1
+        self._known_borders: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._make_schedule, self._schedule, self._scheduled = SCHEDULES[schedule], None, None
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradient of the mean loss over a batch to `.grad` of this stage's parameters, as `backward` does.
+
+        L = (1 / M) sum_m L_m over M micro-batches of one size. May run under `torch.autocast`; between stages travels the
+        type that a tensor has without it.
+
+        Args:
+            inputs: (B, ...), the same in every process.
+            targets: (B, ...).
+
+        Returns:
+            L in every process, float32 or wider.
+
+        Raises:
+            ValueError: when B is not a multiple of M.
+            TypeError: when what passes between two stages is no float tensor.
+        """
+        if not len(inputs) or len(inputs) % self.num_micro_batches:
+            raise ValueError(
+                f"{len(inputs)} examples do not make {self.num_micro_batches} equal micro-batches: drop the rest of the batch, "
+                f"or choose a batch size that is a multiple of {self.num_micro_batches}"
+            )
+        borders = self._borders(inputs[: len(inputs) // self.num_micro_batches])
+        if self._scheduled is not borders:  # receive buffers have the shapes of one kind of batch
+            self._schedule, self._scheduled = self._new_schedule(borders), borders
+        losses: list[Tensor] = []
+        self._schedule.step(
+            *([inputs.to(self.device).contiguous()] if self._is_first else []),
+            target=targets.to(self.device) if self._is_last else None,
+            losses=losses,
+            return_outputs=False,
+        )
+        dtype = torch.promote_types(borders[-1].dtype, torch.float32)
+        loss = torch.stack(losses).sum().detach().to(dtype) if self._is_last else torch.empty((), dtype=dtype, device=self.device)
+        dist.broadcast(loss, self.num_stages - 1)
+        return loss
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of the whole sequence without gradients, in every process; any number of examples from one up.
+
+        Args:
+            inputs: (B, ...), the same in every process.
+
+        Returns:
+            (B, ...)
+        """
+        outputs = []
+        for part in inputs.tensor_split(min(self.num_micro_batches, len(inputs))):
+            borders = self._borders(part)
+            crossing = part.to(self.device) if self._is_first else torch.empty_like(borders[self.rank], device=self.device)
+            if not self._is_first:
+                dist.recv(crossing, self.rank - 1)
+            crossing = _Sendable(self.stage, borders[self.rank + 1].dtype)(crossing)
+            if not self._is_last:
+                dist.send(crossing, self.rank + 1)
+            outputs.append(crossing if self._is_last else torch.empty_like(borders[-1], device=self.device))
+        for output in outputs:
+            dist.broadcast(output, self.num_stages - 1)
+        return torch.cat(outputs)
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of the gradient over all stages, float64, in every process: what `clip_grads_with_norm_` needs."""
+        norm = get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None]).double().to(self.device)
+        norms = [torch.empty_like(norm) for _ in range(self.num_stages)]
+        dist.all_gather(norms, norm)
+        return get_total_norm(norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state of the whole sequence on the CPU, with the keys it has undivided; empty but in rank 0."""
+        return {key: value for part in self._gather(self.stage.state_dict()) for key, value in part.items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this stage's part of a state of the whole sequence, written by however many stages, or by none.
+
+        Raises:
+            RuntimeError: in every process, when a key or a shape anywhere in the sequence differs.
+        """
+        own = self.stage.state_dict().keys()
+        shapes = {k: v.to("meta") if k not in own and isinstance(v, Tensor) else v for k, v in saved.items()}
+        self._blocks.load_state_dict(shapes)
+
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of all stages' optimizers in the form of `optimizer_state`, on the CPU; empty but in rank 0."""
+        own = optimizer_state(self.stage, optimizer)
+        entries = {(name, key): value for name, values in own["state"].items() for key, value in values.items()}
+        state, groups = {}, []
+        for part in self._gather({**entries, "param_groups": own["param_groups"]}):
+            groups += part.pop("param_groups")
+            for (name, key), value in part.items():
+                state.setdefault(name, {})[key] = value
+        return {"state": state, "param_groups": groups} if self._is_first else {}
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        """Take this stage's part of an optimizer's state, from `optimizer_state_dict` or `optimizer_state`."""
+        load_optimizer_state(self.stage, optimizer, saved)
+
+    def _borders(self, part: Tensor) -> list[Tensor]:
+        """What enters each stage and what leaves the last, for one micro-batch: tensors without storage.
+
+        torch would find the shapes by running the stages when it first meets them, which in 2.10 draws random
+        numbers and moves batch statistics, so that a resumed run would differ from one that was not cut.
+        """
+        key = part.shape, part.dtype
+        if key not in self._known_borders:
+            borders = [torch.empty(part.shape, dtype=part.dtype, device="meta")]
+            with torch.no_grad():
+                for rank, stage in enumerate(self._stages):
+                    tensors = {name: t.to("meta") for name, t in chain(stage.named_parameters(), stage.named_buffers())}
+                    output = functional_call(stage, tensors, (borders[-1],))
+                    if not isinstance(output, Tensor) or not output.is_floating_point():
+                        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+                        raise TypeError(f"stage {rank} (blocks {self.layers[rank]}) gives {kind}; it has to be one float tensor")
+                    borders.append(torch.empty(output.shape, dtype=output.dtype, device="meta"))
+            self._known_borders[key] = borders
+        return self._known_borders[key]
+
+    def _new_schedule(self, borders: list[Tensor]) -> ScheduleGPipe | Schedule1F1B:
+        # Asking for the gradient at every border keeps a stage independent of what others have frozen.
+        entering = borders[self.rank].detach().requires_grad_(not self._is_first)
+        leaving = borders[self.rank + 1].detach().requires_grad_()
+        sendable = _Sendable(self.stage, leaving.dtype)
+        stage = PipelineStage(sendable, self.rank, self.num_stages, self.device, input_args=entering, output_args=leaving)
+
+        def share(outputs: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(outputs, targets) / self.num_micro_batches
+
+        # Not scale_grads: it divides all of .grad, what earlier steps added too.
+        return self._make_schedule(stage, self.num_micro_batches, loss_fn=share, scale_grads=False)
+
+    def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """Each stage's entries in rank 0, none elsewhere; tensors come one by one, so no device holds more than one extra."""
+        own = {key: value.detach().contiguous() if isinstance(value, Tensor) else value for key, value in own.items()}
+        if not self._is_first:
+            described = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in own.items()}
+            dist.send_object_list([described], 0, device=self.device)
+            for value in own.values():
+                if isinstance(value, Tensor):
+                    dist.send(value.to(self.device), 0)
+            return []
+        parts = [{key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in own.items()}]
+        for rank in range(1, self.num_stages):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, rank, device=self.device)
+            (part,) = received
+            for key, value in part.items():
+                if isinstance(value, Tensor):
+                    arrived = torch.empty_like(value, device=self.device)
+                    dist.recv(arrived, rank)
+                    part[key] = arrived.cpu()
+            parts.append(part)
+        return parts
+
+
+class _Sendable(nn.Module):
+    """A stage whose output is contiguous and of the type that the next stage expects, under autocast too."""
+
+    def __init__(self, stage: nn.Sequential, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stage, self.dtype = stage, dtype
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.stage(inputs).to(self.dtype).contiguous()
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state by parameter name, so that it does not depend on which process held which parameter.
+
+    `{"state": {name: {...}}, "param_groups": [{"params": [names], "lr": ..., ...}]}`, the form that
+    `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` reads too. (Its counterpart that writes takes a
+    step of learning rate 0 with an optimizer that has none behind it; this one changes nothing.)
+
+    Raises:
+        ValueError: when the optimizer has parameters that are not the module's.
+    """
+    saved, groups = optimizer.state_dict(), _group_names(module, optimizer)
+    names = list(chain.from_iterable(groups))
+    return {
+        "state": {names[index]: values for index, values in saved["state"].items()},
+        "param_groups": [{**group, "params": params} for group, params in zip(saved["param_groups"], groups, strict=True)],
+    }
+
+
+def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Continue from an `optimizer_state` that covers at least the optimizer's parameters, in whatever groups.
+
+    As everywhere in torch, tensors of `saved` that fit become the optimizer's own: do not load one twice.
+
+    Raises:
+        KeyError: naming the parameters that `saved` lacks.
+        ValueError: when parameters of one group were saved with different settings.
+    """
+    groups = _group_names(module, optimizer)
+    settings = {
+        name: {key: value for key, value in group.items() if key != "params"}
+        for group in saved["param_groups"]
+        for name in group["params"]
+    }
+    position = {name: index for index, name in enumerate(chain.from_iterable(groups))}
+    if missing := [name for name in position if name not in settings]:
+        raise KeyError(f"the saved optimizer state lacks {', '.join(missing)}")
+    for first, *others in groups:
+        for name in others:
+            if settings[name] != settings[first]:
+                raise ValueError(f"{first} and {name} share a group but were saved as {settings[first]} and {settings[name]}")
+    optimizer.load_state_dict(
+        {
+            "state": {position[name]: values for name, values in saved["state"].items() if name in position},
+            "param_groups": [{**settings[group[0]], "params": [position[name] for name in group]} for group in groups],
+        }
+    )
+
+
+def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parameters = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+    if not names.keys() >= set(chain.from_iterable(parameters)):
+        raise ValueError("the optimizer has parameters that are not the module's: build it from the stage's parameters")
+    return [[names[parameter] for parameter in group] for group in parameters]

@@ -1,0 +1,87 @@
+"""Trains a run in several processes of this machine: starts them through torchrun, shows their output, reads how they ended.
+
+accelerate's launcher calls torchrun too, but only for GPUs (on CPUs it wants MPI), and it takes settings from a file in the
+user's home that could change a run unseen.
+"""
+
+import codecs
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+from trainbook.engine import Outcome, StopSignals
+from trainbook.errors import RunFailed
+from trainbook.files import read_json, write_json
+from trainbook.records import RunFolder
+from trainbook.runtime import group_environment
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def train_in_processes(
+    folder: RunFolder, workflow: str, number: int, deadline: float | None, checkpoint_seconds: float, progress: bool
+) -> Outcome:
+    """Train the run of a folder in so many processes, each on its own GPU where there are GPUs, and wait for them.
+
+    A stop request that reaches this process is passed on to the first of them, which saves and stops with the others.
+    Should this process die, they are told to stop.
+
+    Args:
+        folder: with the run's config; not locked by this process.
+        workflow: dotted name of its module.
+        number: of processes.
+        deadline: `time.monotonic()` value at which they save and stop, or None.
+        checkpoint_seconds: time between checkpoints.
+        progress: whether the first shows a progress bar.
+
+    Raises:
+        RunFailed: with the reason of the first process that failed.
+    """
+    folder.outcome.unlink(missing_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    bar = "progress" if progress else "quiet"
+    worker = ["-m", "trainbook.worker", workflow, str(folder.path), str(checkpoint_seconds), bar]
+    libc = ctypes.CDLL(None)
+    with (
+        StopSignals() as signals,
+        subprocess.Popen(
+            torchrun + worker,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=group_environment(None if deadline is None else deadline - time.monotonic(), number),
+            start_new_session=True,  # a notebook's interrupt goes to its whole process group; here it goes through us
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+        ) as launcher,
+    ):
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        os.set_blocking(launcher.stdout.fileno(), False)
+        told = False
+        while True:
+            chunk = launcher.stdout.read()
+            if chunk:
+                sys.stderr.write(decode(chunk))
+                sys.stderr.flush()
+            elif launcher.poll() is not None:
+                break
+            else:
+                time.sleep(0.1)
+            if signals.received and not told and (first := folder.training_process()) is not None:
+                os.kill(first, signal.SIGTERM)
+                told = True
+    if not folder.outcome.exists():
+        raise RunFailed(f"a training process died without a word (torchrun's exit code {launcher.returncode}); see {folder.log}")
+    ending = read_json(folder.outcome)
+    folder.outcome.unlink()
+    if ending["status"] == "failed":
+        raise RunFailed(ending["why"])
+    return Outcome(**ending)
+
+
+def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
+    """Say how training ended, unless another process has already said why it failed."""
+    if not folder.outcome.exists():
+        write_json(folder.outcome, asdict(outcome))
