@@ -14,6 +14,7 @@ from torch import Tensor
 
 DOTS_PER_INCH = 100
 MAX_CURVES = 12
+VALID = "valid_"  # begins the name of what was measured on the validation split
 MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 20  # in a picture of attention; tokens along an axis that carry their text
 
 
@@ -127,29 +128,36 @@ def schedules(rates: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure
 
 
 def record_curves(history: list[dict[str, Any]]) -> Figure:
-    """One panel for each real number that the records hold, over steps, with stages told apart by colour."""
+    """One panel for each real number that the records hold, over steps, with stages told apart by colour.
+
+    What was measured on the validation split (`valid_loss`) is drawn over the same of the training batches (`loss`).
+    """
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for record in history:
         for name, value in record.items():
             if name not in ("step", "stage") and isinstance(value, float):
                 series.setdefault(name, {}).setdefault(record["stage"], []).append((record["step"], value))
-    shown = list(series.items())[:MAX_CURVES]
+    panels: dict[str, dict[str, dict[str, list[tuple[int, float]]]]] = {}
+    for name, by_stage in series.items():
+        of_training = name.removeprefix(VALID)
+        panels.setdefault(of_training if of_training in series else name, {})[name] = by_stage
+    shown = list(panels.items())[:MAX_CURVES]
     num_columns = min(3, max(1, len(shown)))
     figure, axes = new_figure(num_columns, max(1, math.ceil(len(shown) / num_columns)))
     stages = list(dict.fromkeys(record["stage"] for record in history))
-    for panel, (name, by_stage) in zip(axes.flat, shown, strict=False):
-        for stage, points in by_stage.items():
-            steps, values = np.array(points).T
-            panel.plot(
-                steps,
-                values,
-                ".-" if len(points) < 40 else "-",
-                color=f"C{stages.index(stage)}",
-                label=stage,
-                linewidth=1,
-                markersize=3,
-            )
-        panel.set(title=name.replace("_", " "), xlabel="step")
+    for panel, (title, curves) in zip(axes.flat, shown, strict=False):
+        for name, by_stage in curves.items():
+            for stage, points in by_stage.items():
+                is_validation = name != title
+                panel.plot(
+                    *np.array(points).T,
+                    ".-" if len(points) < 40 else "-",
+                    color="black" if is_validation else f"C{stages.index(stage)}",
+                    label=f"{stage}, validation" if is_validation else stage,
+                    linewidth=1,
+                    markersize=3,
+                )
+        panel.set(title=title.replace("_", " "), xlabel="step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     for panel in list(axes.flat)[len(shown) :]:

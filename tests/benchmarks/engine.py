@@ -1,138 +1,362 @@
-"""Overhead of `Engine.follow` over a bare loop on the same generator: `python -m tests.benchmarks.engine`.
+"""What the training engine costs per step, beside a bare loop and other trainers: `python -m tests.benchmarks.engine`.
 
-Allowed: 1.10 times the bare loop's CPU time at steps of 3 ms, 1.03 times at 50 ms; the ratio printed is bare over ours.
+Allowed: 1.10 times the bare loop's CPU time at steps of 3 ms, 1.03 times at 50 ms, less than each peer's, and 1 % of wall
+time for a checkpoint every minute. Ratios printed are peer over ours. The peers come with `pip install -e '.[benchmarks]'`.
 """
 
 import contextlib
+import logging
 import os
+import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from tests.benchmarks import pairing
 
 # isort: split
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from trainbook.data import Batches, batch_indices
 from trainbook.engine import Engine
-from trainbook.records import Record, RunFolder
+from trainbook.fitting import Stage
+from trainbook.optim import make_optimizer
+from trainbook.optimization import OptimizationConfig
+from trainbook.records import RunFolder
 from trainbook.state import TrainState
 
-ROUNDS = 9
-WIDTH, CLASSES = 256, 10
-CASES = ((3, 300, 1.10), (50, 40, 1.03))  # milliseconds a step, steps a round, allowed overhead
+WIDTH, CLASSES, PER_EPOCH = 256, 10, 4
+UNTIMED = 10  # steps at the start of a run, in which allocators and optimizer states are filled
+TOLERANCE = 1e-6  # between weights after training, largest difference
+CONFIG = OptimizationConfig(learning_rate=1e-4)  # AdamW; neither clips nor averages
+OURS, BARE = "engine", "bare loop"
+
+CHECKPOINT_WIDTH, CHECKPOINT_ROWS = 1824, 32  # three square layers: 10 M parameters
+CHECKPOINTS, CHECKPOINT_SECONDS, ALLOWED_SHARE = 7, 3.0, 0.01
+
+Side = Callable[[], nn.Module]  # trains a new model in one run and returns it
 
 
-def build(steps: int) -> TrainState:
-    """A small classifier with its optimizer, the same every time."""
-    torch.manual_seed(0)
-    layers = (nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
-    model = nn.Sequential(*layers)
-    return TrainState({"model": model}, {"model": torch.optim.SGD(model.parameters(), lr=0.01)}, total_steps=steps, stage="train")
+@dataclass(frozen=True)
+class Case:
+    """One size of step: its milliseconds or else its rows, steps in a round, rounds, allowed overhead, and whether peers run."""
+
+    milliseconds: float
+    rows: int
+    steps: int
+    rounds: int
+    allowed: float | None
+    with_peers: bool
 
 
-def train(state: TrainState, images: Tensor, labels: Tensor) -> Iterator[Record]:
-    """Train on one batch and yield the loss of every step; nothing in it is random."""
-    model, optimizer = state.modules["model"], state.optimizers["model"]
-    while state.step < state.total_steps:
-        loss = nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        state.step += 1
-        yield Record({"loss": loss.detach()})
+CASES = (Case(0, 32, 600, 9, None, True), Case(3, 0, 250, 9, 1.10, True), Case(50, 0, 20, 15, 1.03, False))
 
 
-def batch(rows: int) -> tuple[Tensor, Tensor]:
-    """Images (rows, WIDTH) and labels (rows,)."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(rows, WIDTH, generator=generator)
-    return images, torch.randint(CLASSES, (rows,), generator=generator)
+@dataclass
+class Task:
+    """A classifier to train on the same batches in the same order, and a clock that every side passes once per step."""
+
+    rows: int
+    steps: int
+    width: int = WIDTH
+    marks: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        number = PER_EPOCH * self.rows
+        self.images = torch.randn(number, self.width, generator=generator)
+        self.labels = torch.randint(CLASSES, (number,), generator=generator)
+        self.order = [batch_indices(0, step, number, self.rows) for step in range(UNTIMED + self.steps + 1)]
+
+    def model(self) -> nn.Module:
+        """Three layers, the same weights every time."""
+        torch.manual_seed(0)
+        square = [layer for _ in range(2) for layer in (nn.Linear(self.width, self.width), nn.ReLU())]
+        return nn.Sequential(*square, nn.Linear(self.width, CLASSES))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross entropy; notes the CPU time."""
+        self.marks.append(time.process_time())
+        return nn.functional.cross_entropy(model(batch["images"]), batch["labels"])
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Images (rows, width) and labels (rows,) of a step."""
+        indices = self.order[step]
+        return {"images": self.images.index_select(0, indices), "labels": self.labels.index_select(0, indices)}
+
+    def loader(self) -> DataLoader:
+        """The batches as trainers take them: one epoch for the whole run, nothing to collate."""
+        return DataLoader(WholeBatches(self), collate_fn=lambda batches: batches[0])
+
+    def seconds(self, side: Side) -> float:
+        """CPU time of the timed steps of one run, from loss to loss; what comes before and after is in no trainer's account."""
+        self.marks.clear()
+        side()
+        assert len(self.marks) == len(self.order)
+        return self.marks[-1] - self.marks[UNTIMED]
+
+
+class WholeBatches(Dataset):
+    """An entry per step."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.task.order)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return self.task.batch(step)
+
+
+def bare_loop(task: Task) -> Side:
+    """A loop that reads every loss and keeps it."""
+
+    def run() -> nn.Module:
+        model = task.model()
+        optimizer, losses = make_optimizer(model, CONFIG), []
+        for step in range(len(task.order)):
+            optimizer.zero_grad()
+            loss = task.loss(model, task.batch(step))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return model
+
+    return run
+
+
+def followed(task: Task, folder: Path) -> Side:
+    """A stage followed by the engine in a new run folder: loss, gradient norm and rate of every step, and a checkpoint."""
+
+    def run() -> nn.Module:
+        model = task.model()
+        state = staged(task, model)
+        run_folder = RunFolder(folder / f"run-{time.monotonic_ns()}")
+        outcome = Engine(run_folder, "cpu", seed=0).follow(training(task, state), state)
+        assert outcome.status == "complete"
+        assert {"loss", "gradient_norm", "learning_rate"} <= run_folder.history()[-1].keys()
+        return model
+
+    return run
+
+
+def staged(task: Task, model: nn.Module) -> TrainState:
+    """The state of a run with one stage."""
+    steps = len(task.order)
+    return TrainState({"model": model}, stateful={"train": Stage("train", model, CONFIG, steps)}, total_steps=steps)
+
+
+def training(task: Task, state: TrainState):
+    """The records of that stage."""
+    batches = Batches({"images": task.images, "labels": task.labels}, 0, task.rows)
+    return state.stateful["train"].train(state, batches, task.loss)
+
+
+def accelerate_loop(task: Task, folder: Path) -> Side:
+    """The bare loop with what `Accelerator.prepare` returns."""
+    from accelerate import Accelerator
+
+    def run() -> nn.Module:
+        accelerator = Accelerator(cpu=True)
+        model = task.model()
+        prepared, optimizer, loader = accelerator.prepare(model, make_optimizer(model, CONFIG), task.loader())
+        losses = []
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = task.loss(prepared, batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        return model
+
+    return run
+
+
+def transformers_trainer(task: Task, folder: Path) -> Side:
+    """transformers' Trainer without clipping, logging, evaluation, checkpoints and progress bar."""
+    import accelerate  # noqa: F401  # Trainer needs it, and says so only when it is made
+    from transformers import Trainer, TrainingArguments
+
+    class LeanTrainer(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return self.accelerator.prepare(task.loader())
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return task.loss(model, inputs)
+
+    def run() -> nn.Module:
+        model = task.model()
+        optimizer = make_optimizer(model, CONFIG)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=len(task.order),
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            max_grad_norm=0,
+            use_cpu=True,
+        )
+        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        trainer = LeanTrainer(model, arguments, train_dataset=WholeBatches(task), optimizers=(optimizer, constant))
+        trainer.train()
+        return model
+
+    return run
+
+
+def lightning_trainer(task: Task, folder: Path) -> Side:
+    """Lightning's Trainer, `barebones`: no logger, checkpoint, progress bar or summary."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model()
+
+        def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+            return task.loss(self.model, batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return make_optimizer(self.model, CONFIG)
+
+    def run() -> nn.Module:
+        module = Module()
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_steps=len(task.order), barebones=True, default_root_dir=folder
+        )
+        trainer.fit(module, task.loader())
+        return module.model
+
+    return run
+
+
+PEERS = {
+    "accelerate": accelerate_loop,
+    "transformers Trainer": transformers_trainer,
+    "Lightning Trainer": lightning_trainer,
+}
+
+
+def find_peers() -> dict[str, Callable[[Task, Path], Side]]:
+    """Those that are installed; says which are not."""
+    found = {}
+    for name, make in PEERS.items():
+        try:
+            make(Task(1, 1), Path())
+            print(f"{name}: {metadata.version(name.split()[0].lower())}")
+            found[name] = make
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+    return found
 
 
 def rows_for(milliseconds: float) -> int:
     """Batch size whose step costs about so much on this machine."""
     rows = 64
     for _ in range(3):  # the cost is not quite proportional to the rows
-        data, steps = batch(rows), 5 + int(60 / milliseconds)
-        list(train(build(2), *data))
-        state = build(steps)
-        seconds = pairing.cpu_seconds(lambda state=state, data=data: list(train(state, *data)))
-        rows = max(1, round(rows * milliseconds / (1e3 * seconds / steps)))
+        task = Task(rows, 5 + int(60 / milliseconds))
+        rows = max(1, round(rows * milliseconds / (1e3 * task.seconds(bare_loop(task)) / task.steps)))
     return rows
 
 
-@dataclass
-class Sides:
-    """Both ways of consuming the generator; each keeps the state and the losses of its last round."""
+def compare(case: Case, peers: dict[str, Callable[[Task, Path], Side]], folder: Path) -> list[pairing.Comparison]:
+    """Train with every side in turn, round after round; the first round checks the weights and is not timed."""
+    task = Task(case.rows or rows_for(case.milliseconds), case.steps)
+    sides = {OURS: followed(task, folder), BARE: bare_loop(task)}
+    if case.with_peers:
+        sides |= {name: make(task, folder) for name, make in peers.items()}
+    weights = {name: torch.nn.utils.parameters_to_vector(side().parameters()).detach() for name, side in sides.items()}
+    differences = {name: float((found - weights[BARE]).abs().max()) for name, found in weights.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(case.rounds):
+        for name, side in sides.items():
+            seconds[name].append(task.seconds(side))
 
-    data: tuple[Tensor, Tensor]
-    steps: int
-    folder: Path
-
-    def bare(self) -> None:
-        """A loop that reads every loss and keeps it."""
-        self.bare_state = build(self.steps)
-        self.losses = [record.metrics["loss"].item() for record in train(self.bare_state, *self.data)]
-
-    def engine(self) -> None:
-        """The engine in a new run folder, with its progress bar, records and last checkpoint."""
-        self.engine_state = build(self.steps)
-        self.run = RunFolder(self.folder / f"run-{time.monotonic_ns()}")
-        outcome = Engine(self.run, "cpu", seed=0).follow(train(self.engine_state, *self.data), self.engine_state)
-        assert outcome.status == "complete"
-
-    def same(self) -> bool:
-        """Whether both recorded the same losses and ended at the same weights, bit for bit."""
-        pairs = zip(*(state.modules["model"].parameters() for state in (self.bare_state, self.engine_state)), strict=True)
-        equal = all(torch.equal(ours, theirs) for ours, theirs in pairs)
-        return equal and self.losses == [row["loss"] for row in self.run.history()]
+    step = 1e3 * statistics.median(seconds[BARE]) / case.steps
+    size = f"{case.milliseconds} ms" if case.milliseconds else f"{step:.2f} ms"
+    print(f"\n{task.rows} rows, {case.steps} steps of {step:.2f} ms in {case.rounds} rounds; CPU time over the bare loop's:")
+    for name in sides:
+        overheads = [x / bare for x, bare in zip(seconds[name], seconds[BARE], strict=True)]
+        middle = statistics.median(overheads)
+        verdict = ""
+        if name == OURS and case.allowed:
+            verdict = f"; allowed {case.allowed:.2f}: {'kept' if middle <= case.allowed else 'MISSED'}"
+        spread = f"{min(overheads):.3f} .. {max(overheads):.3f}, {1e3 * step * (middle - 1):+.0f} microseconds a step"
+        print(f"{name:>22}: {middle:.3f} ({spread}); weights differ by {differences[name]:.1e}{verdict}")
+    assert max(differences.values()) <= TOLERANCE
+    return [
+        pairing.Comparison("engine", f"{name}, {size} a step", "steps per second", case.steps, seconds[OURS], seconds[name])
+        for name in sides
+        if name != OURS
+    ]
 
 
-def empty_step_seconds(folder: Path, steps: int = 20_000) -> float:
-    """CPU seconds that the engine spends per step when the step itself does nothing, start and last checkpoint included."""
-    state, loss = build(steps), torch.zeros(())
+class TimedEngine(Engine):
+    """Notes when checkpoints hold the training thread, and when they are being written: (start, end) on the wall's clock."""
 
-    def nothing() -> Iterator[Record]:
-        while state.step < steps:
-            state.step += 1
-            yield Record({"loss": loss})
+    held: list[tuple[float, float]]
+    written: list[tuple[float, float]]
+    writer_seconds: list[float]
 
-    return pairing.cpu_seconds(lambda: Engine(RunFolder(folder / "empty"), "cpu", seed=0).follow(nothing(), state)) / steps
+    def _save(self, writer: ThreadPoolExecutor, metrics: IO[bytes], state: TrainState) -> None:
+        started = time.perf_counter()
+        super()._save(writer, metrics, state)
+        self.held.append((started, time.perf_counter()))
+
+    def _write_checkpoint(self, metrics: IO[bytes], step: int, files: dict[str, bytes]) -> None:
+        started, cpu = time.perf_counter(), time.thread_time()
+        super()._write_checkpoint(metrics, step, files)
+        self.written.append((started, time.perf_counter()))
+        self.writer_seconds.append(time.thread_time() - cpu)
+
+
+def compare_checkpoints(folder: Path) -> pairing.Comparison:
+    """Wall time that one checkpoint costs a run: while it holds the training thread, and while steps run beside its writing.
+
+    Checkpoints are made more often than once a minute, so that the machine's other users change little meanwhile; what
+    one of them costs is put against a minute.
+    """
+    task = Task(CHECKPOINT_ROWS, 100_000, CHECKPOINT_WIDTH)
+    model = task.model()
+    model[-1] = nn.Linear(CHECKPOINT_WIDTH, CHECKPOINT_WIDTH)
+    state = staged(task, model)
+    engine = TimedEngine(RunFolder(folder / "checkpoints"), "cpu", seed=0, checkpoint_seconds=CHECKPOINT_SECONDS)
+    engine.held, engine.written, engine.writer_seconds = [], [], []
+    begun: list[float] = []
+
+    def records():
+        for record in training(task, state):
+            begun.append(time.perf_counter())
+            if len(engine.written) == CHECKPOINTS:
+                return
+            yield record
+
+    engine.follow(records(), state)
+    held, written = engine.held[:CHECKPOINTS], engine.written[:CHECKPOINTS]
+    steps = list(zip(begun[UNTIMED:], begun[UNTIMED + 1 :]))
+    lasted = [[start, end, end - start - sum(max(0.0, min(end, b) - max(start, a)) for a, b in held)] for start, end in steps]
+    quiet = statistics.median(x for start, end, x in lasted if not any(start < b and a < end for a, b in written))
+    costs = []
+    for (a, b), (from_, to) in zip(held, written, strict=True):
+        beside = [x for start, end, x in lasted if start < to and from_ < end]
+        costs.append((b - a) + sum(beside) - quiet * len(beside))
+    return costs, quiet
 
 
 def main() -> None:
-    """Time both cases."""
-    comparisons = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stderr(nowhere),
-    ):
-        for milliseconds, steps, allowed in CASES:
-            sides = Sides(batch(rows_for(milliseconds)), steps, Path(folder))
-            comparison = pairing.alternate(
-                sides.engine,
-                sides.bare,
-                ROUNDS,
-                benchmark="engine",
-                peer=f"bare loop, {milliseconds} ms a step",
-                unit="steps per second",
-                units=steps,
-            )
-            comparisons.append(comparison)
-            assert sides.same()
-            overhead = 1 / comparison.ratio
-            real = 1e3 * sorted(comparison.theirs)[ROUNDS // 2] / steps
-            print(
-                f"{len(sides.data[0])} rows, {steps} steps of {real:.2f} ms: engine {overhead:.3f} times the bare loop, "
-                f"allowed {allowed:.2f}, {'kept' if overhead <= allowed else 'MISSED'}; losses and weights bit for bit equal"
-            )
-        print(f"the engine alone: {1e6 * empty_step_seconds(Path(folder)):.0f} microseconds a step that does nothing")
-    pairing.report(comparisons)
+    """Time all cases."""
 
 
 if __name__ == "__main__":
