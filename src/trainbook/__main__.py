@@ -11,7 +11,7 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json, write_atomic
-from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, measured_times, new_run_id
+from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, identity, measured_times, new_run_id
 from trainbook.spec import RunSpec
 from trainbook.tables import Table
 
@@ -172,11 +172,19 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _run_spec(path: Path, name: str | None) -> int:
-    """Run what a run.toml says, with the notebook that lies beside it if there is one (a box has no source tree)."""
+    """Run what a run.toml says, with the notebook that lies beside it if there is one (a box has no source tree).
+
+    A complete run is left alone, so that whatever starts again after a restart may call this again.
+    """
     if name:
         raise UserError(f"{path} says what to run, and so does {name}", "give one of the two")
     spec = RunSpec.read(path).named()
     runtime.export(**spec.settings())
+    folder = RunFolder(runtime.runs_folder() / spec.run_id)
+    if folder.run_json.exists() and folder.summary()["status"] == "complete":
+        folder.check(identity(spec.workflow, spec.preset, spec.config(), spec.authentic))
+        print(f"{spec.run_id} is complete: {folder.report}")
+        return 0
     beside = path.absolute().parent / f"{spec.workflow}.ipynb"
     return _execute(spec.workflow, spec.preset, spec.overrides, spec.run_id, spec.authentic, beside if beside.is_file() else None)
 

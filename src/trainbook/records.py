@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from trainbook import __version__
+from trainbook.config import BaseConfig
 from trainbook.errors import UserError
 from trainbook.files import read_json, read_lines, write_json
 
@@ -205,6 +206,17 @@ class RunFolder:
                 f"{self.path} is not a run folder: it has no run.json", "give the folder that `trainbook run` printed"
             )
         return read_json(self.run_json)
+
+
+def identity(name: str, preset: str, config: BaseConfig, authentic: bool) -> dict[str, Any]:
+    """What config.json says: equal for two runs that do the same work."""
+    return {
+        "workflow": name,
+        "preset": preset,
+        "authentic": authentic,
+        "config": config.model_dump(mode="json"),
+        "config_sha256": config.sha256(),
+    }
 
 
 def new_run_id(name: str, preset: str) -> str:

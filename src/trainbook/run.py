@@ -25,7 +25,7 @@ from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
 from trainbook.monitor import peak_memory_bytes
 from trainbook.processes import train_in_processes
-from trainbook.records import RunFolder, check_run_id, check_unchanged, new_run_id, now, provenance
+from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
@@ -88,8 +88,8 @@ def prepare(
     if folder is None:
         run_id = check_run_id(run_id) or _unfinished(name, preset, config, authentic, runtime)
         if distributed.rank() == 0 and not (run_id and (runtime.runs_folder / run_id).exists()):
-            identity = _identity(name, preset, config, authentic)
-            run_id = take_over(runtime.input_folders, runtime.runs_folder, identity, run_id) or run_id
+            wanted = identity(name, preset, config, authentic)
+            run_id = take_over(runtime.input_folders, runtime.runs_folder, wanted, run_id) or run_id
         folder = RunFolder(runtime.runs_folder / (run_id or new_run_id(name, preset)))
     return Run(workflow, config, preset, runtime, folder, authentic)
 
@@ -98,17 +98,6 @@ def show(thing: Any) -> None:
     """Show a table or a picture where there is a notebook to show it in."""
     if get_ipython() is not None:
         display(thing)
-
-
-def _identity(name: str, preset: str, config: BaseConfig, authentic: bool) -> dict[str, Any]:
-    """What config.json says: equal for two runs that do the same work."""
-    return {
-        "workflow": name,
-        "preset": preset,
-        "authentic": authentic,
-        "config": config.model_dump(mode="json"),
-        "config_sha256": config.sha256(),
-    }
 
 
 def _unfinished(name: str, preset: str, config: BaseConfig, authentic: bool, runtime: Runtime) -> str:
@@ -137,7 +126,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.trained = False
         self._initial: dict[str, str] = {}
-        self._identity = _identity(workflow.name, preset, config, authentic)
+        self._identity = identity(workflow.name, preset, config, authentic)
         if distributed.rank() == 0:  # the others, perhaps on another machine, do not write there
             if self.folder.path.exists() and any(self.folder.path.iterdir()):
                 self.folder.check(self._identity)
