@@ -1,3 +1,4 @@
+import logging
 import os
 
 # One thread per process: pytest runs on every core already, and two OpenMP pools on two cores wait for each other.
@@ -19,3 +20,12 @@ def own_folders(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(runtime.RUNS, str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def log_as_at_the_start(monkeypatch):
+    """What an earlier test's run did to the kit's log, and to what is captured of it, is undone."""
+    logger = logging.getLogger("trainbook")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    logger.setLevel(logging.NOTSET)
