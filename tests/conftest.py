@@ -29,3 +29,6 @@ def log_as_at_the_start(monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger, "handlers", [])
     logger.setLevel(logging.NOTSET)
+    yield
+    for handler in logger.handlers:
+        handler.close()

@@ -9,12 +9,13 @@ import logging
 import os
 import statistics
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -31,17 +32,18 @@ from trainbook.engine import Engine
 from trainbook.fitting import Stage
 from trainbook.optim import make_optimizer
 from trainbook.optimization import OptimizationConfig
-from trainbook.records import RunFolder
+from trainbook.records import Record, RunFolder
 from trainbook.state import TrainState
 
-WIDTH, CLASSES, PER_EPOCH = 256, 10, 4
+WIDTH, CLASSES, PER_EPOCH = 256, 10, 16
 UNTIMED = 10  # steps at the start of a run, in which allocators and optimizer states are filled
 TOLERANCE = 1e-6  # between weights after training, largest difference
 CONFIG = OptimizationConfig(learning_rate=1e-4)  # AdamW; neither clips nor averages
 OURS, BARE = "engine", "bare loop"
 
-CHECKPOINT_WIDTH, CHECKPOINT_ROWS = 1824, 32  # three square layers: 10 M parameters
-CHECKPOINTS, CHECKPOINT_SECONDS, ALLOWED_SHARE = 7, 3.0, 0.01
+CHECKPOINT_WIDTH, CHECKPOINT_ROWS = 2232, 32  # 10 M parameters
+CHECKPOINTS, CHECKPOINT_SECONDS, ALLOWED_SHARE, MINUTE = 9, 3.0, 0.01, 60
+MOST_STEPS = 5000  # the run is ended when it has its checkpoints
 
 Side = Callable[[], nn.Module]  # trains a new model in one run and returns it
 
@@ -58,7 +60,7 @@ class Case:
     with_peers: bool
 
 
-CASES = (Case(0, 32, 600, 9, None, True), Case(3, 0, 250, 9, 1.10, True), Case(50, 0, 20, 15, 1.03, False))
+CASES = (Case(0, 32, 800, 9, None, True), Case(3, 0, 300, 7, 1.10, True), Case(50, 0, 40, 9, 1.03, False))
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Task:
         number = PER_EPOCH * self.rows
         self.images = torch.randn(number, self.width, generator=generator)
         self.labels = torch.randint(CLASSES, (number,), generator=generator)
-        self.order = [batch_indices(0, step, number, self.rows) for step in range(UNTIMED + self.steps + 1)]
+        self.order = [batch_indices(0, step, number, self.rows) for step in range(UNTIMED + self.steps)]
 
     def model(self) -> nn.Module:
         """Three layers, the same weights every time."""
@@ -98,11 +100,13 @@ class Task:
         return DataLoader(WholeBatches(self), collate_fn=lambda batches: batches[0])
 
     def seconds(self, side: Side) -> float:
-        """CPU time of the timed steps of one run, from loss to loss; what comes before and after is in no trainer's account."""
+        """CPU time of one run from the first timed step until the trainer returns: what it does at the start is left out."""
         self.marks.clear()
-        side()
+        with silence():
+            side()
+            ended = time.process_time()
         assert len(self.marks) == len(self.order)
-        return self.marks[-1] - self.marks[UNTIMED]
+        return ended - self.marks[UNTIMED]
 
 
 class WholeBatches(Dataset):
@@ -116,6 +120,22 @@ class WholeBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         return self.task.batch(step)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Hides what trainers say of themselves; progress bars count, but are not seen."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def bare_loop(task: Task) -> Side:
@@ -135,14 +155,21 @@ def bare_loop(task: Task) -> Side:
     return run
 
 
+class EngineWithoutCheckpoint(Engine):
+    """No peer writes one here; `compare_checkpoints` tells what one costs."""
+
+    def _save(self, writer: ThreadPoolExecutor, metrics: IO[bytes], state: TrainState) -> None:
+        pass
+
+
 def followed(task: Task, folder: Path) -> Side:
-    """A stage followed by the engine in a new run folder: loss, gradient norm and rate of every step, and a checkpoint."""
+    """A stage followed by the engine in a new run folder: records of loss, gradient norm and rate, and a progress bar."""
 
     def run() -> nn.Module:
         model = task.model()
         state = staged(task, model)
         run_folder = RunFolder(folder / f"run-{time.monotonic_ns()}")
-        outcome = Engine(run_folder, "cpu", seed=0).follow(training(task, state), state)
+        outcome = EngineWithoutCheckpoint(run_folder, "cpu", seed=0).follow(training(task, state), state)
         assert outcome.status == "complete"
         assert {"loss", "gradient_norm", "learning_rate"} <= run_folder.history()[-1].keys()
         return model
@@ -156,14 +183,14 @@ def staged(task: Task, model: nn.Module) -> TrainState:
     return TrainState({"model": model}, stateful={"train": Stage("train", model, CONFIG, steps)}, total_steps=steps)
 
 
-def training(task: Task, state: TrainState):
+def training(task: Task, state: TrainState) -> Iterator[Record]:
     """The records of that stage."""
     batches = Batches({"images": task.images, "labels": task.labels}, 0, task.rows)
     return state.stateful["train"].train(state, batches, task.loss)
 
 
-def accelerate_loop(task: Task, folder: Path) -> Side:
-    """The bare loop with what `Accelerator.prepare` returns."""
+def accelerate_loop(task: Task, folder: Path, norms: bool = False) -> Side:
+    """The bare loop with what `Accelerator.prepare` returns; it can keep gradient norms too, as our records do."""
     from accelerate import Accelerator
 
     def run() -> nn.Module:
@@ -175,6 +202,8 @@ def accelerate_loop(task: Task, folder: Path) -> Side:
             optimizer.zero_grad()
             loss = task.loss(prepared, batch)
             accelerator.backward(loss)
+            if norms:
+                losses.append(nn.utils.get_total_norm([p.grad for p in prepared.parameters()]).item())
             optimizer.step()
             losses.append(loss.item())
         return model
@@ -244,6 +273,7 @@ def lightning_trainer(task: Task, folder: Path) -> Side:
 
 PEERS = {
     "accelerate": accelerate_loop,
+    "accelerate with norms": partial(accelerate_loop, norms=True),
     "transformers Trainer": transformers_trainer,
     "Lightning Trainer": lightning_trainer,
 }
@@ -267,7 +297,8 @@ def rows_for(milliseconds: float) -> int:
     rows = 64
     for _ in range(3):  # the cost is not quite proportional to the rows
         task = Task(rows, 5 + int(60 / milliseconds))
-        rows = max(1, round(rows * milliseconds / (1e3 * task.seconds(bare_loop(task)) / task.steps)))
+        seconds = min(task.seconds(bare_loop(task)) for _ in range(3))
+        rows = max(1, round(rows * milliseconds / (1e3 * seconds / task.steps)))
     return rows
 
 
@@ -277,7 +308,8 @@ def compare(case: Case, peers: dict[str, Callable[[Task, Path], Side]], folder: 
     sides = {OURS: followed(task, folder), BARE: bare_loop(task)}
     if case.with_peers:
         sides |= {name: make(task, folder) for name, make in peers.items()}
-    weights = {name: torch.nn.utils.parameters_to_vector(side().parameters()).detach() for name, side in sides.items()}
+    with silence():
+        weights = {name: nn.utils.parameters_to_vector(side().parameters()).detach() for name, side in sides.items()}
     differences = {name: float((found - weights[BARE]).abs().max()) for name, found in weights.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(case.rounds):
@@ -285,7 +317,7 @@ def compare(case: Case, peers: dict[str, Callable[[Task, Path], Side]], folder: 
             seconds[name].append(task.seconds(side))
 
     step = 1e3 * statistics.median(seconds[BARE]) / case.steps
-    size = f"{case.milliseconds} ms" if case.milliseconds else f"{step:.2f} ms"
+    size = f"{case.milliseconds} ms a step" if case.milliseconds else f"{case.rows} rows a step"
     print(f"\n{task.rows} rows, {case.steps} steps of {step:.2f} ms in {case.rounds} rounds; CPU time over the bare loop's:")
     for name in sides:
         overheads = [x / bare for x, bare in zip(seconds[name], seconds[BARE], strict=True)]
@@ -297,7 +329,7 @@ def compare(case: Case, peers: dict[str, Callable[[Task, Path], Side]], folder: 
         print(f"{name:>22}: {middle:.3f} ({spread}); weights differ by {differences[name]:.1e}{verdict}")
     assert max(differences.values()) <= TOLERANCE
     return [
-        pairing.Comparison("engine", f"{name}, {size} a step", "steps per second", case.steps, seconds[OURS], seconds[name])
+        pairing.Comparison("engine", f"{name}, {size}", "steps per second", case.steps, seconds[OURS], seconds[name])
         for name in sides
         if name != OURS
     ]
@@ -328,35 +360,58 @@ def compare_checkpoints(folder: Path) -> pairing.Comparison:
     Checkpoints are made more often than once a minute, so that the machine's other users change little meanwhile; what
     one of them costs is put against a minute.
     """
-    task = Task(CHECKPOINT_ROWS, 100_000, CHECKPOINT_WIDTH)
-    model = task.model()
-    model[-1] = nn.Linear(CHECKPOINT_WIDTH, CHECKPOINT_WIDTH)
-    state = staged(task, model)
+    task = Task(CHECKPOINT_ROWS, MOST_STEPS, CHECKPOINT_WIDTH)
+    state = staged(task, task.model())
     engine = TimedEngine(RunFolder(folder / "checkpoints"), "cpu", seed=0, checkpoint_seconds=CHECKPOINT_SECONDS)
     engine.held, engine.written, engine.writer_seconds = [], [], []
-    begun: list[float] = []
+    ends: list[float] = []  # of steps
 
-    def records():
+    def records() -> Iterator[Record]:
         for record in training(task, state):
-            begun.append(time.perf_counter())
+            ends.append(time.perf_counter())
             if len(engine.written) == CHECKPOINTS:
                 return
             yield record
 
-    engine.follow(records(), state)
+    with silence():
+        engine.follow(records(), state)
     held, written = engine.held[:CHECKPOINTS], engine.written[:CHECKPOINTS]
-    steps = list(zip(begun[UNTIMED:], begun[UNTIMED + 1 :]))
-    lasted = [[start, end, end - start - sum(max(0.0, min(end, b) - max(start, a)) for a, b in held)] for start, end in steps]
-    quiet = statistics.median(x for start, end, x in lasted if not any(start < b and a < end for a, b in written))
-    costs = []
-    for (a, b), (from_, to) in zip(held, written, strict=True):
-        beside = [x for start, end, x in lasted if start < to and from_ < end]
-        costs.append((b - a) + sum(beside) - quiet * len(beside))
-    return costs, quiet
+    # The first step after a checkpoint began before it: it lasts from the end of the hold.
+    resumes = {bisect(ends, start): end for start, end in held}
+    steps = [(resumes.get(i, ends[i - 1]), ends[i]) for i in range(UNTIMED, len(ends))]
+    beside = [[b - a for a, b in steps if a < end and start < b] for start, end in written]
+    quiet = [b - a for a, b in steps if not any(a < end and start < b for start, end in written)]
+    step = statistics.median(quiet)
+    holds = [end - start for start, end in held]
+    slower = [sum(lasted) - step * len(lasted) for lasted in beside]
+    costs = [hold + slow for hold, slow in zip(holds, slower, strict=True)]
+
+    def described(seconds: list[float]) -> str:
+        return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} .. {max(seconds):.3f})"
+
+    parameters = state.num_parameters()["model"]
+    size = sum(path.stat().st_size for path in max(engine.folder.checkpoints.glob("[0-9]*")).iterdir())
+    share = statistics.median(costs) / MINUTE
+    print(f"\na checkpoint of {parameters / 1e6:.1f} M parameters and AdamW, {size / 1e6:.0f} MB; steps of {1e3 * step:.0f} ms")
+    print(f"holds the training thread {described(holds)}")
+    print(f"is written in {described([end - start for start, end in written])}, CPU {described(engine.writer_seconds)}")
+    print(f"the {statistics.mean(map(len, beside)):.1f} steps meanwhile take longer by {described(slower)}")
+    verdict = "kept" if share <= ALLOWED_SHARE else "MISSED"
+    print(f"once a minute: {share:.2%} of wall time, allowed {ALLOWED_SHARE:.0%}: {verdict}")
+    peer = f"no checkpoints, {parameters / 1e6:.0f} M parameters, one a minute"
+    taken = [MINUTE + cost for cost in costs]
+    return pairing.Comparison("engine", peer, "seconds of training per second of wall time", MINUTE, taken, [MINUTE] * len(taken))
 
 
 def main() -> None:
     """Time all cases."""
+    print(f"torch {torch.__version__}, one thread")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peers = find_peers()
+        comparisons = [comparison for case in CASES for comparison in compare(case, peers, folder)]
+        comparisons.append(compare_checkpoints(folder))
+    pairing.report(comparisons)
 
 
 if __name__ == "__main__":
