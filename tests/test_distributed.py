@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     assert drive(folder, "one")() == 0
     assert drive(folder, "copies", processes=2)() == 0
-    assert drive(folder, "slices", processes=2, shard=True)() == 0
+    assert drive(folder, "slices", processes=2, parallel="slices")() == 0
     return folder
 
 
@@ -74,8 +74,8 @@ def test_a_checkpoint_is_the_same_thing_whoever_wrote_it(runs):
     [
         ({"processes": 2}, {}),
         ({}, {"processes": 2}),
-        ({"processes": 2, "shard": True}, {}),
-        ({}, {"processes": 2, "shard": True}),
+        ({"processes": 2, "parallel": "slices"}, {}),
+        ({}, {"processes": 2, "parallel": "slices"}),
     ],
     ids=["copies then one", "one then copies", "slices then one", "one then slices"],
 )
@@ -93,7 +93,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path, first, s
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in expected], rel=2e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"shard": True}], ids=["copies", "slices"])
+@pytest.mark.parametrize("kind", [{}, {"parallel": "slices"}], ids=["copies", "slices"])
 def test_two_processes_killed_and_resumed_are_bit_identical(runs, tmp_path, kind):
     killed = drive(tmp_path, "killed", processes=2, checkpoint_seconds=0.02, signal_step=300, **kind)
     assert killed() == 1  # whoever waits for the processes lives on and says what happened

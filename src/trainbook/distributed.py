@@ -25,25 +25,30 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-_sharded = False
+_parallel = "copies"
 
 
-def is_sharded() -> bool:
-    """Whether each process keeps a slice of every parameter instead of a whole copy."""
-    return _sharded and size() > 1
+def parallel() -> str:
+    """What each process keeps of the weights: copies, slices of every parameter, or a stage of a pipeline."""
+    return _parallel if size() > 1 else "copies"
+
+
+def is_divided() -> bool:
+    """Whether no process has all of the weights."""
+    return parallel() != "copies"
 
 
 @contextmanager
-def joined(sharded: bool = False) -> Iterator[None]:
+def joined(kind: str = "copies") -> Iterator[None]:
     """Be one of the processes that torchrun started, as its environment says; leaves the group at the end.
 
     Tensors on a CPU travel through gloo, those on a GPU through NCCL.
 
     Args:
-        sharded: keep slices of the parameters (FSDP2) instead of copies (DDP).
+        kind: what each keeps of the weights, see `parallel`.
     """
-    global _sharded
-    _sharded = sharded
+    global _parallel
+    _parallel = kind
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -132,7 +137,7 @@ def shard(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
 
 def whole(values: Any) -> Any:
     """Nested dicts and lists with every slice of a sharded tensor put together again; all processes must call it."""
-    if not _sharded:
+    if parallel() != "slices":
         return values
     if hasattr(values, "full_tensor"):
         return values.full_tensor()
@@ -155,7 +160,7 @@ def sliced_like(values: dict[str, Any], pattern: Tensor | dict[str, Any]) -> dic
         values: name to whole tensor, or to anything else, which stays as it is.
         pattern: a sharded tensor that those of its shape are cut like, or a dict of such by the same names.
     """
-    if not _sharded:
+    if parallel() != "slices":
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -250,7 +250,7 @@ class Engine:
         if bad := state.non_finite_tensors():
             raise RunFailed(self._explain_non_finite(state.step, state.stage, bad, state))
         self._finish_saving()  # never two at once
-        if distributed.rank() > 0 and not distributed.is_sharded():
+        if distributed.rank() > 0 and not distributed.is_divided():
             return
         files = snapshot(state, {"records_bytes": metrics.tell()})
         if distributed.rank() > 0:

@@ -159,11 +159,13 @@ class Stepper:
         self.module, self.config, self.total_steps = module, config, total_steps
         self.optimizer = make_optimizer(module, config)
         self.ema = averaged_copy(module) if config.ema_decay else None
-        if distributed.is_sharded():
+        if distributed.is_divided():
+            choice = f"with --parallel {distributed.parallel()} choose"
             if config.on_spike == "roll_back" and config.spike_deviations:
-                raise UserError("on_spike = roll_back keeps whole copies of the weights", "with --shard choose skip or lower_rate")
+                raise UserError("on_spike = roll_back keeps whole copies of the weights", f"{choice} skip or lower_rate")
             if config.acceleration != "off":
-                raise UserError(f"acceleration = {config.acceleration} needs the whole model", "with --shard choose off")
+                raise UserError(f"acceleration = {config.acceleration} needs the whole model", f"{choice} off")
+        if distributed.parallel() == "slices":
             distributed.shard(module, self.optimizer)
             if self.ema is not None:
                 distributed.shard(self.ema)
@@ -267,8 +269,8 @@ class Stepper:
                 chosen = name.encode()
             self.variant = distributed.bytes_from_first(chosen).decode()
         running = apply_variant(self.module, self.variant, self.optimizer)
-        self._model = running if distributed.is_sharded() else distributed.replicate(running)
-        if distributed.size() > 1 and not distributed.is_sharded():
+        self._model = running if distributed.parallel() == "slices" else distributed.replicate(running)
+        if distributed.size() > 1 and distributed.parallel() == "copies":
             self._rehearse(running, batch, loss_function)
 
     def _rehearse(self, module: nn.Module, batch: Any, loss_function: LossFunction) -> None:
@@ -352,7 +354,7 @@ class Stepper:
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Gradients travel between processes in the backward pass of a step's last micro-batch only."""
-        if distributed.is_sharded():
+        if distributed.parallel() == "slices":
             self.module.set_requires_gradient_sync(last)
             yield
         elif last or distributed.size() == 1:
@@ -417,7 +419,7 @@ class Stepper:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a stepper of the same config, saved by any number of processes."""
         optimizer = saved["optimizer"]
-        if distributed.is_sharded():
+        if distributed.parallel() == "slices":
             states = optimizer["state"].items()
             cut = {index: distributed.sliced_like(state, self._parameters[index]) for index, state in states}
             optimizer = {**optimizer, "state": cut}
