@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables", "seeding", "distributed"},
-    {"optimization", "acceleration", "brief"},
+    {"optimization", "acceleration", "brief", "pipeline"},
     {
         "state",
         "data",
@@ -25,7 +25,6 @@ ROWS = [
         "weights",
         "attention",
         "augmentation",
-        "pipeline",
     },
     {"fitting"},
     {"engine"},

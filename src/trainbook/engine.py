@@ -144,7 +144,7 @@ class Engine:
             ) as bar,
         ):
             while True:
-                seed_step(self.seed, state.step, distributed.rank())
+                seed_step(self.seed, state.step, distributed.replica())
                 expected = state.step + 1
                 record = next(records, None)
                 now = time.monotonic()

@@ -19,6 +19,7 @@ from trainbook import distributed
 from trainbook.acceleration import allow_tf32, apply_variant, fastest_variant, variant_table
 from trainbook.errors import RunFailed, UserError
 from trainbook.optimization import OptimizationConfig
+from trainbook.pipeline import Pipeline, divide
 from trainbook.runtime import mixed_dtype
 
 logger = logging.getLogger("trainbook")
@@ -169,12 +170,17 @@ class Stepper:
             distributed.shard(module, self.optimizer)
             if self.ema is not None:
                 distributed.shard(self.ema)
+        self._pipeline: Pipeline | None = None
+        if distributed.parallel() == "pipeline":
+            self._pipeline = divide(module, config.accumulation, self.optimizer)
+            if self.ema is not None:
+                divide(self.ema, config.accumulation)
         self.steps_done, self.accumulation, self.rate_factor = 0, config.accumulation, 1.0
         self.variant = "" if config.acceleration == "measured" else ACCELERATIONS[config.acceleration]
         self._losses, self._spikes_in_a_row, self._kept = LossStatistics(), 0, {}
         self._model: nn.Module | None = None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        device = self._parameters[0].device
+        device = self._parameters[0].device if self._pipeline is None else self._pipeline.device
         self._precision = precision = mixed_dtype(str(device)) if config.precision == "mixed" else config.precision
         dtype = None if precision == "float32" else getattr(torch, precision)
         self._autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
@@ -183,8 +189,8 @@ class Stepper:
             allow_tf32(config.tf32)
         if self.ema is not None:
             self._average = get_ema_multi_avg_fn(config.ema_decay)
-            self._weights, self._averages = list(module.parameters()), list(self.ema.parameters())
-            self._buffers, self._averaged_buffers = list(module.buffers()), list(self.ema.buffers())
+            self._weights, self._averages = _present(module.parameters()), _present(self.ema.parameters())
+            self._buffers, self._averaged_buffers = _present(module.buffers()), _present(self.ema.buffers())
 
     def step(self, batch: Any, loss_function: LossFunction, global_size: int = 0) -> dict[str, Tensor | float]:
         """One update of the weights by the gradient of the batch's mean loss.
@@ -210,7 +216,7 @@ class Stepper:
         Raises:
             RunFailed: when 20 steps in a row are spikes.
         """
-        global_size = global_size or batch_size(batch) * distributed.size()
+        global_size = global_size or batch_size(batch) * distributed.replicas()
         if not global_size:
             raise ValueError("a step needs at least one example")
         if self._model is None:
@@ -227,8 +233,9 @@ class Stepper:
         means = self._gradient(batch, loss_function, global_size)
         if self.scaler is not None:
             scale = self.scaler.scale(torch.ones_like(means["loss"]))
+            self._tell_overflow()
             self.scaler.unscale_(self.optimizer)
-        norm = distributed.whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        norm = self._gradient_norm()
         if self.config.clip_norm:
             clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         if self.config.clip_value:
@@ -252,6 +259,20 @@ class Stepper:
             report.update(gradient_norm=norm.masked_fill(skipped, 0.0), loss_scale=scale, skipped=skipped.float())
         return report
 
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole model."""
+        if self._pipeline is not None:
+            return self._pipeline.gradient_norm()
+        return distributed.whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+
+    def _tell_overflow(self) -> None:
+        """Let an overflow in one stage's gradient be one in all: their scalers skip the same steps."""
+        if self._pipeline is not None:
+            zero = self._pipeline.gradient_norm() * 0  # or NaN
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad += zero
+
     def _prepare(self, batch: Any, loss_function: LossFunction) -> None:
         """Choose the form in which the module runs, and let several processes find out together how much memory suffices."""
 
@@ -260,6 +281,9 @@ class Stepper:
                 loss, _ = _loss_and_means(loss_function(module, split_batch(batch, self.accumulation)[0]))
             return loss if self.scaler is None else self.scaler.scale(loss.float())
 
+        if self._pipeline is not None:
+            self._model = self.module
+            return
         if not self.variant:
             self._rehearse(self.module, batch, loss_function)
             chosen = b""
@@ -318,6 +342,9 @@ class Stepper:
 
     def _gradient(self, batch: Any, loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
         """Leave the gradient of the global batch's mean loss in the parameters; returns the loss and the further means."""
+        if self._pipeline is not None:
+            self.optimizer.zero_grad()
+            return self._through_stages(self._pipeline, batch, loss_function)
         buffers = self._buffers_now()
         while True:
             self.optimizer.zero_grad()
@@ -330,6 +357,23 @@ class Stepper:
             self._put_back(buffers)  # outside the handler: the traceback holds what filled the memory
             self._use_less_memory()
 
+    def _through_stages(self, pipeline: Pipeline, batch: Any, loss_function: LossFunction) -> dict[str, Tensor]:
+        number, examples = max(self.accumulation, pipeline.num_stages), batch_size(batch)
+        if examples % number:
+            raise UserError(
+                f"a batch of {examples} does not make {number} equal micro-batches for a pipeline",
+                f"choose a batch_size that is a multiple of {number}, or another accumulation",
+            )
+
+        def means_of(module: nn.Module, micro_batch: Any) -> dict[str, Tensor]:
+            with self._autocast:
+                loss, others = _loss_and_means(loss_function(module, micro_batch))
+            return _named(_widened(loss), others)
+
+        scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
+        with self._autocast:
+            return pipeline.step_on_parts(split_batch(batch, number), means_of, scale)
+
     def _accumulate(self, micro_batches: list[Any], loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
         processes = distributed.size()
         means: dict[str, Tensor] = {}
@@ -341,11 +385,9 @@ class Stepper:
                 loss = _widened(loss)
                 loss = loss if weight == 1 else loss * weight
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            means["loss"] = loss.detach() + means["loss"] if means else loss.detach()
-            for name, value in others.items():
-                if name == "loss":
-                    raise ValueError("a further mean cannot be called loss: that is the loss itself")
-                means[name] = _widened(value.detach()) * weight + means.get(name, 0.0)
+            for name, value in _named(loss.detach(), others).items():
+                share = value if name == "loss" else _widened(value.detach()) * weight  # the loss has its weight already
+                means[name] = share + means[name] if name in means else share
         if processes > 1:
             total = distributed.add_up(torch.stack([value.to(means["loss"].dtype) for value in means.values()])) / processes
             means = dict(zip(means, total.unbind(), strict=True))
@@ -423,6 +465,9 @@ class Stepper:
             states = optimizer["state"].items()
             cut = {index: distributed.sliced_like(state, self._parameters[index]) for index, state in states}
             optimizer = {**optimizer, "state": cut}
+        if distributed.parallel() == "pipeline":
+            own = {index: state for index, state in optimizer["state"].items() if not self._parameters[index].is_meta}
+            optimizer = {**optimizer, "state": own}
         self.optimizer.load_state_dict(optimizer)
         if self.scaler is not None and "scaler" in saved:  # a run may move to a card that needs one
             self.scaler.load_state_dict(saved["scaler"])
@@ -477,6 +522,17 @@ class LossStatistics:
 
 def _loss_and_means(returned: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return returned if isinstance(returned, tuple) else (returned, {})
+
+
+def _named(loss: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "loss" in others:
+        raise ValueError("a further mean cannot be called loss: that is the loss itself")
+    return {"loss": loss, **others}
+
+
+def _present(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without those that another process of a pipeline has."""
+    return [tensor for tensor in tensors if not tensor.is_meta]
 
 
 def _widened(tensor: Tensor) -> Tensor:
