@@ -93,7 +93,7 @@ def _session(drive: Drive) -> None:
     if drive.processes == 1:
         run.workflow = _Disturbed(run.workflow, drive)
     else:  # they build the workflow themselves
-        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         os.environ[SIGNAL] = f"{drive.signal_step} {drive.signal_number}"
     run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
 
