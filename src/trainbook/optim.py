@@ -366,12 +366,11 @@ class Stepper:
             )
 
         def means_of(module: nn.Module, micro_batch: Any) -> dict[str, Tensor]:
-            with self._autocast:
-                loss, others = _loss_and_means(loss_function(module, micro_batch))
+            loss, others = _loss_and_means(loss_function(module, micro_batch))
             return _named(_widened(loss), others)
 
         scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
-        with self._autocast:
+        with self._autocast:  # once: a torch.autocast that is entered twice stays on
             return pipeline.step_on_parts(split_batch(batch, number), means_of, scale)
 
     def _accumulate(self, micro_batches: list[Any], loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
