@@ -130,7 +130,7 @@ class Pipeline:
             stage.to(device if rank == self.rank else "meta")
 
         self.loss_function, self.num_micro_batches, self.device = loss_function, num_micro_batches, torch.device(device)
-        self.stage, self._stages, self._blocks = stages[self.rank], stages, blocks
+        self.stage, self._stages = stages[self.rank], stages
         self._is_first, self._is_last = self.rank == 0, self.rank == self.num_stages - 1
         self._names_of_means: list[str] = []
         self._known_borders: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
@@ -263,35 +263,6 @@ class Pipeline:
         dist.all_gather(norms, norm)
         return get_total_norm(norms)
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the state of the whole sequence on the CPU, with the keys it has undivided; empty but in rank 0."""
-        return {key: value for part in self._gather(self.stage.state_dict()) for key, value in part.items()}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this stage's part of a state of the whole sequence, written by however many stages, or by none.
-
-        Raises:
-            RuntimeError: in every process, when a key or a shape anywhere in the sequence differs.
-        """
-        own = self.stage.state_dict().keys()
-        shapes = {k: v.to("meta") if k not in own and isinstance(v, Tensor) else v for k, v in saved.items()}
-        self._blocks.load_state_dict(shapes)
-
-    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of all stages' optimizers in the form of `optimizer_state`, on the CPU; empty but in rank 0."""
-        own = optimizer_state(self.stage, optimizer)
-        entries = {(name, key): value for name, values in own["state"].items() for key, value in values.items()}
-        state, groups = {}, []
-        for part in self._gather({**entries, "param_groups": own["param_groups"]}):
-            groups += part.pop("param_groups")
-            for (name, key), value in part.items():
-                state.setdefault(name, {})[key] = value
-        return {"state": state, "param_groups": groups} if self._is_first else {}
-
-    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        """Take this stage's part of an optimizer's state, from `optimizer_state_dict` or `optimizer_state`."""
-        load_optimizer_state(self.stage, optimizer, saved)
-
     def _borders(self, part: Tensor) -> list[Tensor]:
         """What enters each stage and what leaves the last, for one micro-batch: tensors without storage.
 
@@ -324,29 +295,6 @@ class Pipeline:
 
         # Not scale_grads: it divides all of .grad, what earlier steps added too.
         return self._make_schedule(stage, self.num_micro_batches, loss_fn=share, scale_grads=False)
-
-    def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
-        """Each stage's entries in rank 0, none elsewhere; tensors come one by one, so no device holds more than one extra."""
-        own = {key: value.detach().contiguous() if isinstance(value, Tensor) else value for key, value in own.items()}
-        if not self._is_first:
-            described = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in own.items()}
-            dist.send_object_list([described], 0, device=self.device)
-            for value in own.values():
-                if isinstance(value, Tensor):
-                    dist.send(value.to(self.device), 0)
-            return []
-        parts = [{key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in own.items()}]
-        for rank in range(1, self.num_stages):
-            received: list[Any] = [None]
-            dist.recv_object_list(received, rank, device=self.device)
-            (part,) = received
-            for key, value in part.items():
-                if isinstance(value, Tensor):
-                    arrived = torch.empty_like(value, device=self.device)
-                    dist.recv(arrived, rank)
-                    part[key] = arrived.cpu()
-            parts.append(part)
-        return parts
 
 
 def divide(module: nn.Module, num_micro_batches: int, optimizer: torch.optim.Optimizer | None = None) -> Pipeline:
@@ -450,59 +398,3 @@ class _Sendable(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.stage(inputs).to(self.dtype).contiguous()
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state by parameter name, so that it does not depend on which process held which parameter.
-
-    `{"state": {name: {...}}, "param_groups": [{"params": [names], "lr": ..., ...}]}`, the form that
-    `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` reads too. (Its counterpart that writes takes a
-    step of learning rate 0 with an optimizer that has none behind it; this one changes nothing.)
-
-    Raises:
-        ValueError: when the optimizer has parameters that are not the module's.
-    """
-    saved, groups = optimizer.state_dict(), _group_names(module, optimizer)
-    names = list(chain.from_iterable(groups))
-    return {
-        "state": {names[index]: values for index, values in saved["state"].items()},
-        "param_groups": [{**group, "params": params} for group, params in zip(saved["param_groups"], groups, strict=True)],
-    }
-
-
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Continue from an `optimizer_state` that covers at least the optimizer's parameters, in whatever groups.
-
-    As everywhere in torch, tensors of `saved` that fit become the optimizer's own: do not load one twice.
-
-    Raises:
-        KeyError: naming the parameters that `saved` lacks.
-        ValueError: when parameters of one group were saved with different settings.
-    """
-    groups = _group_names(module, optimizer)
-    settings = {
-        name: {key: value for key, value in group.items() if key != "params"}
-        for group in saved["param_groups"]
-        for name in group["params"]
-    }
-    position = {name: index for index, name in enumerate(chain.from_iterable(groups))}
-    if missing := [name for name in position if name not in settings]:
-        raise KeyError(f"the saved optimizer state lacks {', '.join(missing)}")
-    for first, *others in groups:
-        for name in others:
-            if settings[name] != settings[first]:
-                raise ValueError(f"{first} and {name} share a group but were saved as {settings[first]} and {settings[name]}")
-    optimizer.load_state_dict(
-        {
-            "state": {position[name]: values for name, values in saved["state"].items() if name in position},
-            "param_groups": [{**settings[group[0]], "params": [position[name] for name in group]} for group in groups],
-        }
-    )
-
-
-def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
-    if not names.keys() >= set(chain.from_iterable(parameters)):
-        raise ValueError("the optimizer has parameters that are not the module's: build it from the stage's parameters")
-    return [[names[parameter] for parameter in group] for group in parameters]
