@@ -21,6 +21,7 @@ CASES = {
     "clipping": {"clip_norm": 0.1, "accumulation": 4},
     "batch statistics and averages": {"optimizer": "sgd", "ema_decay": 0.7, "weight_decay": 0.1, "clip_value": 0.01},
     "an overflow": {"precision": "float16", "ema_decay": 0.7},
+    "a frozen stage": {"ema_decay": 0.7},
     "a spike": {"spike_deviations": 5.0, "on_spike": "lower_rate", "ema_decay": 0.7},
 }
 
@@ -29,6 +30,13 @@ def network(seed=0):
     torch.manual_seed(seed)
     first = nn.Linear(5, 8, bias=False)  # before batch normalisation a bias has no gradient but rounding
     return nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+
+
+def network_of(case, seed=0):
+    module = network(seed)
+    if case == "a frozen stage":
+        module[:3].requires_grad_(False)
+    return module
 
 
 def examples(step, number=16):
@@ -51,10 +59,12 @@ def train(stepper, case, steps):
     for step in steps:
         inputs, labels = examples(step)
         odd = case if step == ODD_STEP else ""
-        hook = stepper.module[0].weight.register_hook(lambda g, odd=odd: g * torch.inf if odd == "an overflow" else g)
+        weight = stepper.module[0].weight
+        hook = weight.register_hook(lambda g: g * torch.inf) if odd == "an overflow" else None
         report = stepper.step((inputs * torch.inf if odd == "a spike" else inputs, labels), loss_of)
         reports.append({name: torch.as_tensor(value).double() for name, value in report.items()})
-        hook.remove()
+        if hook is not None:
+            hook.remove()
     return reports
 
 
@@ -100,14 +110,17 @@ def in_two_stages(folder):
     distributed._parallel = "pipeline"
     found = {}
     for case, choices in CASES.items():
-        stepper = stepper_of(network(), **choices)
+        stepper = stepper_of(network_of(case), **choices)
         reports = train(stepper, case, range(CUT))
         saved = distributed.whole(everything(stepper))
         if distributed.rank() == 0:
             torch.save(saved, folder / f"two {case}.pt")
         reports += train(stepper, case, range(CUT, STEPS))
 
-        stepper, earlier = stepper_of(network(seed=5), **choices), torch.load(folder / f"one {case}.pt", weights_only=True)
+        stepper, earlier = (
+            stepper_of(network_of(case, seed=5), **choices),
+            torch.load(folder / f"one {case}.pt", weights_only=True),
+        )
         stepper.module.load_state_dict(distributed.sliced_like(earlier["model"], stepper.module.state_dict()))
         stepper.load_state_dict(earlier["stepper"])
         found[case] = {"reports": reports, "later": train(stepper, case, range(CUT, STEPS))}
@@ -137,6 +150,7 @@ def in_two_stages(folder):
         "another": complaint(network(), lambda model, batch: (other(batch[0]) - model(batch[0])).mean()),
         "gradient": complaint(network(), lambda model, batch: model(batch[0].clone().requires_grad_()).mean()),
         "uneven": complaint(network(), loss_of, number=15),
+        "idle": complaint(network_of("a frozen stage"), loss_of, precision="float16"),
         "no sequence": complaint(nn.Linear(5, 3), loss_of),
         "one block": complaint(identity(), loss_of),
     }
@@ -151,7 +165,7 @@ def one():
     """Reports of one process, and its state at the cut."""
     found = {}
     for case, choices in CASES.items():
-        stepper = stepper_of(network(), **{"accumulation": 2, **choices})
+        stepper = stepper_of(network_of(case), **{"accumulation": 2, **choices})
         reports = train(stepper, case, range(CUT))
         found[case] = {"saved": copied(everything(stepper)), "reports": reports + train(stepper, case, range(CUT, STEPS))}
     return found
@@ -256,13 +270,14 @@ def test_weights_are_loaded_into_stages_and_evaluated_in_all(two):
         "another": "not the one it is given",
         "gradient": "a gradient for the model's input",
         "uneven": "a batch of 15 does not make 2 equal micro-batches",
+        "idle": "nothing to train in float16",
         "no sequence": "cannot be cut into a pipeline: blocks must be an nn.Sequential.*got Linear",
         "one block": "1 layers cannot fill 2 stages",
     }.items(),
 )
 def test_what_a_pipeline_cannot_do_is_refused_in_every_process(two, case, message):
     for rank in two[0]:
-        assert re.search(f"{message}.*\\n.*(--parallel copies|multiple of 2)", rank["complaints"][case]), rank["complaints"][case]
+        assert re.search(f"{message}.*\\n.*(--parallel|multiple of 2)", rank["complaints"][case]), rank["complaints"][case]
 
 
 def calling_twice(folder):

@@ -143,7 +143,10 @@ class Stepper:
     e <- d e + (1 - d) w in parameters after each step that was not skipped; buffers (batch statistics) are copied.
     Keep `state_dict()` in a checkpoint (`TrainState.stateful`) beside the module; nothing else carries over.
 
-    Where several processes train (`distributed`), each calls this with its share of the batch.
+    Where several processes train (`distributed`), each calls this with its share of the batch. In a pipeline that is all of
+    it: each process keeps some blocks of the module, an nn.Sequential, and the micro-batches pass through all of them. It
+    computes what one process computes, but that random numbers drawn by dropout or by the loss are other ones, and that
+    batch normalisation sees `accumulation` micro-batches, at least one per process.
 
     Args:
         module: what is trained; not replaced or moved afterwards.
@@ -152,6 +155,7 @@ class Stepper:
 
     Raises:
         ValueError: when `total_steps` is not positive.
+        UserError: when the weights are to be divided among processes and the module or a choice does not allow it.
     """
 
     def __init__(self, module: nn.Module, config: OptimizationConfig, total_steps: int) -> None:
@@ -185,6 +189,9 @@ class Stepper:
         dtype = None if precision == "float32" else getattr(torch, precision)
         self._autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
         self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
+        idle = self.scaler is not None and not any(p.requires_grad for p in _present(self._parameters))
+        if distributed.largest_of([idle])[0]:  # a scaler without gradients does not know when to lower its scale
+            raise UserError("a stage of the pipeline has nothing to train in float16", "choose another precision or --parallel")
         if device.type == "cuda":
             allow_tf32(config.tf32)
         if self.ema is not None:
@@ -215,6 +222,8 @@ class Stepper:
 
         Raises:
             RunFailed: when 20 steps in a row are spikes.
+            UserError: in a pipeline, when the batch does not make equal micro-batches or the loss does more with the module
+                than to call it once with one tensor.
         """
         global_size = global_size or batch_size(batch) * distributed.replicas()
         if not global_size:

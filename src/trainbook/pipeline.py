@@ -167,8 +167,9 @@ class Pipeline:
                 f"or choose a batch size that is a multiple of {self.num_micro_batches}"
             )
         borders = self._borders(inputs[: len(inputs) // self.num_micro_batches])
-        if self._scheduled is not borders:  # receive buffers have the shapes of one kind of batch
-            self._schedule, self._scheduled = self._new_schedule(borders), borders
+        kind = inputs.shape, inputs.dtype, self.num_micro_batches
+        if self._scheduled != kind:  # receive buffers have the shapes of one kind of batch
+            self._schedule, self._scheduled = self._new_schedule(borders), kind
         losses: list[Tensor] = []
         self._schedule.step(
             *([inputs.to(self.device).contiguous()] if self._is_first else []),
