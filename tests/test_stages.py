@@ -124,7 +124,14 @@ def in_two_stages(folder):
         stepper.module.load_state_dict(distributed.sliced_like(earlier["model"], stepper.module.state_dict()))
         stepper.load_state_dict(earlier["stepper"])
         found[case] = {"reports": reports, "later": train(stepper, case, range(CUT, STEPS))}
-        found[case]["held"] = sum(p.numel() for p in stepper.module.parameters() if not p.is_meta)
+        held = {
+            "module": stepper.module.parameters(),
+            "optimizer": (p for g in stepper.optimizer.param_groups for p in g["params"]),
+        }
+        found[case]["held"] = {name: [p.numel() for p in tensors if not p.is_meta] for name, tensors in held.items()}
+        saved = distributed.whole(everything(stepper))
+        if distributed.rank() == 0:
+            torch.save(saved, folder / f"one, then two {case}.pt")
 
     torch.manual_seed(7)
     found["noise"] = [stepper_of(identity(identity()), ema_decay=0.5).step(examples(0), same_noise) for _ in range(2)]
@@ -167,7 +174,9 @@ def one():
     for case, choices in CASES.items():
         stepper = stepper_of(network_of(case), **{"accumulation": 2, **choices})
         reports = train(stepper, case, range(CUT))
-        found[case] = {"saved": copied(everything(stepper)), "reports": reports + train(stepper, case, range(CUT, STEPS))}
+        saved = copied(everything(stepper))
+        reports += train(stepper, case, range(CUT, STEPS))
+        found[case] = {"saved": saved, "reports": reports, "saved last": everything(stepper)}
     return found
 
 
@@ -201,17 +210,21 @@ def test_two_stages_report_what_one_process_reports(two, one, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_stages_go_on_from_what_one_process_saved(two, one, case):
-    total = sum(p.numel() for p in network().parameters())
-    assert sum(rank[case]["held"] for rank in two[0]) == total
-    assert all(0 < rank[case]["held"] < total for rank in two[0])
+    module = network_of(case)
+    trained = [p.numel() for p in module.parameters() if p.requires_grad]
+    for name, sizes in {"module": [p.numel() for p in module.parameters()], "optimizer": trained}.items():
+        assert sorted(size for rank in two[0] for size in rank[case]["held"][name]) == sorted(sizes)
+    assert all(rank[case]["held"]["module"] for rank in two[0])
     for rank in two[0]:
         close(rank[case]["later"], one[case]["reports"][CUT:])
 
 
+@pytest.mark.parametrize(("who", "when"), [("two", "saved"), ("one, then two", "saved last")])
 @pytest.mark.parametrize("case", CASES)
-def test_two_stages_save_what_one_process_saves(two, one, case):
-    found, expected = torch.load(two[1] / f"two {case}.pt", weights_only=True), one[case]["saved"]
-    assert found["stepper"].pop("accumulation") == CASES[case].get("accumulation", 1)
+def test_two_stages_save_what_one_process_saves(two, one, case, who, when):
+    found, expected = torch.load(two[1] / f"{who} {case}.pt", weights_only=True), one[case][when]
+    configured = CASES[case].get("accumulation", 1 if who == "two" else 2)
+    assert found["stepper"].pop("accumulation") == configured
     assert_close_parts(found, {**expected, "stepper": {k: v for k, v in expected["stepper"].items() if k != "accumulation"}})
 
 
