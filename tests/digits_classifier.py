@@ -50,6 +50,15 @@ def build(config, data, runtime):
     return TrainState({"model": model}, stateful={"fit": stage}, total_steps=config.steps)
 
 
+class Shuffled(Batches):
+    """In an order drawn anew each step: processes that share a batch, and not its order, would mix up images and labels."""
+
+    def __call__(self, step):
+        batch = super().__call__(step)
+        order = torch.randperm(len(batch["labels"]))
+        return {name: tensor[order] for name, tensor in batch.items()}
+
+
 def train(config, data, state):
     def loss(model, batch):
         logits = model(batch["images"])
@@ -62,7 +71,7 @@ def train(config, data, state):
             "valid_accuracy": accuracy(logits, data.valid["labels"]),
         }
 
-    batches = Batches(data.train, config.seed, config.batch_size, config.batch_scaling)
+    batches = Shuffled(data.train, config.seed, config.batch_size, config.batch_scaling)
     signal_step, number = map(int, os.environ.get("TEST_SIGNAL", "-1 0").split())
     for record in state.stateful["fit"].train(state, batches, loss, validate):
         if state.step == signal_step and distributed.rank() == 0:

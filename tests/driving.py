@@ -51,7 +51,7 @@ class Drive:
         workflow: a workflow's name, or the dotted path of a module that keeps the contract.
         signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later; of
             several processes to the first, at once.
-        processes, shard: how many train together, and whether each keeps a slice of the weights.
+        processes, parallel: how many train together, and what each keeps of the weights.
         file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
     """
 
@@ -66,7 +66,7 @@ class Drive:
     file_limit: int = 0
     time_budget: str = ""
     processes: int = 1
-    shard: bool = False
+    parallel: str = "copies"
 
     def __call__(self) -> int:
         """Start the child, wait for it, and return its exit code (negative: the signal that ended it)."""
@@ -85,7 +85,7 @@ def _session(drive: Drive) -> None:
     os.environ[runtime.TIME_BUDGET] = drive.time_budget
     os.environ[runtime.RUNS] = str(drive.runs)
     os.environ[runtime.PROCESSES] = str(drive.processes)
-    os.environ[runtime.SHARD] = "1" if drive.shard else ""
+    os.environ[runtime.PARALLEL] = drive.parallel
     workflow = importlib.import_module(drive.workflow) if "." in drive.workflow else drive.workflow
     run = prepare(workflow, "smoke", drive.overrides, drive.run_id)
     run.load_data()
@@ -93,7 +93,7 @@ def _session(drive: Drive) -> None:
     if drive.processes == 1:
         run.workflow = _Disturbed(run.workflow, drive)
     else:  # they build the workflow themselves
-        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         os.environ[SIGNAL] = f"{drive.signal_step} {drive.signal_number}"
     run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
 

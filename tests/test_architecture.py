@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables", "seeding", "distributed"},
-    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap"},
+    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline"},
     {
         "state",
         "data",
@@ -25,7 +25,6 @@ ROWS = [
         "weights",
         "attention",
         "augmentation",
-        "pipeline",
     },
     {"fitting"},
     {"engine", "handover"},
@@ -41,6 +40,7 @@ ONLY_USERS = {
     "ipywidgets": {"forms"},
     "papermill": {"execution"},
     "jupytext": {"execution"},
+    "torch.distributed.pipelining": {"pipeline"},
     "os.environ": {"runtime"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

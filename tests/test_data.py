@@ -133,6 +133,16 @@ def test_the_shares_of_three_processes_make_up_the_global_batch(source, scaling,
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("source", [{"value": VALUES}, Squares(shifted=True)], ids=["tensors", "data set"])
+def test_each_stage_of_a_pipeline_sees_what_one_process_sees(source, monkeypatch):
+    alone = Batches(source, 4, 8)(1)["value"]
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "_parallel", "pipeline")
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert torch.equal(Batches(source, 4, 8, "per_process")(1)["value"], alone)
+
+
 def test_processes_augment_differently(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     shifts = []

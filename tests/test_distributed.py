@@ -24,6 +24,7 @@ EVERYTHING = {
     "accumulation": 2,
     "validate_every": 40,
 }
+KINDS = ("copies", "slices", "pipeline")
 STARTUP_SECONDS = 300  # torchrun and its processes load torch first; on a busy machine that takes its time
 
 
@@ -38,15 +39,15 @@ def assert_close(ours, theirs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One process, two with a copy each, two with a slice each: the same run to its end."""
+    """One process, two with a copy each, a slice each, a stage each: the same run to its end."""
     folder = tmp_path_factory.mktemp("runs")
     assert drive(folder, "one")() == 0
-    assert drive(folder, "copies", processes=2)() == 0
-    assert drive(folder, "slices", processes=2, shard=True)() == 0
+    for kind in KINDS:
+        assert drive(folder, kind, processes=2, parallel=kind)() == 0
     return folder
 
 
-@pytest.mark.parametrize("kind", ["copies", "slices"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_follow_the_curve_of_one(runs, kind):
     one, two = drive(runs, "one").folder, drive(runs, kind).folder
     assert len(two.history()) == len(one.history()) == STEPS
@@ -65,44 +66,37 @@ def test_a_checkpoint_is_the_same_thing_whoever_wrote_it(runs):
             return [shapes(part) for part in value]
         return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)
 
-    one, *others = (shapes(final_state(drive(runs, kind).folder)) for kind in ("one", "copies", "slices"))
-    assert others == [one, one]
+    one, *others = (shapes(final_state(drive(runs, kind).folder)) for kind in ("one", *KINDS))
+    assert others == [one] * len(KINDS)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ({"processes": 2}, {}),
-        ({}, {"processes": 2}),
-        ({"processes": 2, "shard": True}, {}),
-        ({}, {"processes": 2, "shard": True}),
-    ],
-    ids=["copies then one", "one then copies", "slices then one", "one then slices"],
-)
-def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path, first, second):
-    stopped = drive(tmp_path, "moved", signal_step=200, signal_number=signal.SIGTERM, **first)
-    assert stopped() == 0
-    step = read_json(stopped.folder.run_json)["step"]
-    assert 200 <= step < STEPS
-    assert drive(tmp_path, "moved", **second)() == 0
-    segments = read_json(stopped.folder.run_json)["segments"]
-    assert [s["processes"] for s in segments] == [first.get("processes", 1), second.get("processes", 1)]
-    assert segments[1]["first_step"] == step
-    history, expected = stopped.folder.history(), drive(runs, "one").folder.history()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path, kind):
+    """One process, then two, then one."""
+    several = {"processes": 2, "parallel": kind}
+    sessions = [{"signal_step": 130}, {"signal_step": 260, **several}, {}]
+    for session in sessions:
+        assert drive(tmp_path, "moved", signal_number=signal.SIGTERM, **session)() == 0
+    folder = drive(tmp_path, "moved").folder
+    segments = read_json(folder.run_json)["segments"]
+    assert [s["processes"] for s in segments] == [1, 2, 1]
+    assert 130 <= segments[1]["first_step"] < 260 <= segments[2]["first_step"] < STEPS
+    history, expected = folder.history(), drive(runs, "one").folder.history()
     assert [record["step"] for record in history] == list(range(1, STEPS + 1))
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in expected], rel=2e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"shard": True}], ids=["copies", "slices"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_killed_and_resumed_are_bit_identical(runs, tmp_path, kind):
-    killed = drive(tmp_path, "killed", processes=2, checkpoint_seconds=0.02, signal_step=300, **kind)
+    several = {"processes": 2, "parallel": kind}
+    killed = drive(tmp_path, "killed", checkpoint_seconds=0.02, signal_step=300, **several)
     assert killed() == 1  # whoever waits for the processes lives on and says what happened
     summary = read_json(killed.folder.run_json)
     assert summary["status"] == "failed"
     assert "a training process died" in summary["why"]
-    assert drive(tmp_path, "killed", processes=2, **kind)() == 0
+    assert drive(tmp_path, "killed", **several)() == 0
     assert read_json(killed.folder.run_json)["segments"][1]["first_step"] > 0
-    assert_same_run(killed.folder, drive(runs, "slices" if kind else "copies").folder)
+    assert_same_run(killed.folder, drive(runs, kind).folder)
 
 
 def test_the_reason_of_a_failing_process_reaches_run_json(tmp_path):
@@ -142,7 +136,7 @@ def test_torchrun_on_two_machines_is_the_same_command(runs, tmp_path):
         (tmp_path / "digits_classifier.ipynb").write_text(notebook.replace("timestep_dbn", "digits_classifier"))
         environment = {
             **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             "TEST_NOTEBOOKS": str(tmp_path),
             "TRAINBOOK_RUNS": str(tmp_path / f"node{number}"),
             "OMP_NUM_THREADS": "1",

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 from tests.driving import assert_identical
 from trainbook import optim, runtime
-from trainbook.errors import RunFailed
+from trainbook.errors import RunFailed, UserError
 from trainbook.optim import LossStatistics, Stepper, averaged_copy, learning_rate, make_optimizer, parameter_groups, split_batch
 from trainbook.optimization import OptimizationConfig
 
@@ -863,10 +863,12 @@ def test_overflows_of_the_scale_are_no_spikes_in_a_row():
     assert stepper.scaler.get_scale() == 2.0 ** (16 - 30)
 
 
-def test_copies_of_sharded_weights_are_refused(monkeypatch):
-    monkeypatch.setattr(optim.distributed, "is_sharded", lambda: True)
-    with pytest.raises(ValueError, match="roll_back"):
-        stepper_of(small_network(), spike_deviations=5.0, on_spike="roll_back")
+@pytest.mark.parametrize("kind", ["slices", "pipeline"])
+def test_what_needs_the_whole_weights_is_refused_where_they_are_divided(kind, monkeypatch):
+    monkeypatch.setattr(optim.distributed, "parallel", lambda: kind)
+    for choices in ({"spike_deviations": 5.0, "on_spike": "roll_back"}, {"acceleration": "compiled"}):
+        with pytest.raises(UserError, match=f"{list(choices.values())[-1]}.*\n.*--parallel {kind}"):
+            stepper_of(small_network(), **choices)
 
 
 # Checkpoints

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
 from tests.driving import CHILDREN, assert_identical
-from trainbook.pipeline import SCHEDULES, Pipeline, distribute_layers, load_optimizer_state, optimizer_state
+from trainbook.pipeline import SCHEDULES, Pipeline, distribute_layers
 
 PATIENCE_SECONDS = 120
-PARTS, STEPS, CUT, CLIP = 4, 20, 10, 0.3
+PARTS, STEPS, CLIP = 4, 20, 0.3
 COSTS = (4, 1, 1, 1, 1)  # the first of two stages is the LayerNorm alone: one optimizer group where the other has two
 DIGITS = load_digits()
 
@@ -193,29 +192,14 @@ def in_two_stages(folder):
     pipeline = Pipeline(blocks, functional.cross_entropy, PARTS, costs=COSTS)
     found["layers"] = [list(layers) for layers in pipeline.layers]
     found["held"] = [name for name, p in blocks.named_parameters() if not p.is_meta]
-    optimizer = make_optimizer(pipeline.stage)
-    early = {"model": pipeline.state_dict(), "optimizer": pipeline.optimizer_state_dict(optimizer)}
-    found["curve"] = train_pipeline(pipeline, optimizer, range(CUT))
-    late = {"model": pipeline.state_dict(), "optimizer": pipeline.optimizer_state_dict(optimizer)}
-    found["curve"] += train_pipeline(pipeline, optimizer, range(CUT, STEPS))
-    if dist.get_rank() == 0:
-        torch.save({0: early, CUT: late}, folder / "two.pt")
-    else:
-        assert late == {"model": {}, "optimizer": {}}
-
-    for step, saved in torch.load(folder / "one.pt", weights_only=True).items():
-        pipeline = Pipeline(dense(seed=5), functional.cross_entropy, PARTS, costs=COSTS)
-        optimizer = make_optimizer(pipeline.stage)
-        pipeline.load_state_dict(saved["model"])
-        pipeline.load_optimizer_state_dict(optimizer, saved["optimizer"])
-        found[f"from {step}"] = train_pipeline(pipeline, optimizer, range(step, STEPS))
+    found["curve"] = train_pipeline(pipeline, make_optimizer(pipeline.stage), range(STEPS))
 
     pipeline = Pipeline(noisy(), functional.cross_entropy, PARTS, costs=(1, 1, 2, 1))
     for _ in range(2):
         torch.manual_seed(dist.get_rank())
         pipeline.stage.zero_grad()
         found.setdefault("noisy", []).append(one_step(pipeline, digits(0)))
-    found["statistics"] = pipeline.state_dict()
+    found["statistics"] = pipeline.stage.state_dict()
 
     pipeline = Pipeline(dense().float(), functional.cross_entropy, PARTS)
     inputs, targets = digits(0)
@@ -223,7 +207,6 @@ def in_two_stages(folder):
         found["autocast"] = one_step(pipeline, (inputs.float(), targets))
 
     tied = nn.Linear(64, 64)
-    saved = dense().state_dict()
     found["complaints"] = {
         "uneven": complaint(pipeline.step, *digits(0, 23)),
         "few": complaint(Pipeline, dense(), functional.cross_entropy, 1),
@@ -232,8 +215,6 @@ def in_two_stages(folder):
         "costs": complaint(Pipeline, dense(), functional.cross_entropy, 2, costs=[1, 2]),
         "tied": complaint(Pipeline, nn.Sequential(tied, nn.Tanh(), tied), functional.cross_entropy, 2),
         "module": complaint(Pipeline, nn.Linear(2, 2), functional.cross_entropy, 2),
-        "shape": complaint(pipeline.load_state_dict, {**saved, "4.weight": torch.zeros(10, 23)}),
-        "missing": complaint(pipeline.load_state_dict, {key: value for key, value in saved.items() if key != "0.weight"}),
         "border": complaint(Pipeline(nn.Sequential(Chosen(), nn.Embedding(64, 10)), None, 2, costs=(1, 1)).step, *digits(0)),
     }
     return found
@@ -254,26 +235,8 @@ def in_three_stages(folder):
 
 
 @pytest.fixture(scope="module")
-def curve(tmp_path_factory):
-    """Losses of one process, and its checkpoints before the first step and halfway."""
-    network = dense()
-    optimizer = make_optimizer(network)
-    saved, losses = {}, []
-    for step in range(STEPS):
-        if step in (0, CUT):
-            state = {"model": network.state_dict(), "optimizer": optimizer_state(network, optimizer)}
-            torch.save(state, file := tmp_path_factory.mktemp("one") / "state.pt")
-            saved[step] = torch.load(file, weights_only=True)
-        losses += train(network, optimizer, [step])
-    return losses, saved
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, curve):
-    folder = tmp_path_factory.mktemp("two")
-    torch.save(curve[1], folder / "one.pt")
-    ranks = together(2, in_two_stages, folder)
-    return ranks, folder / "two.pt"
+def two(tmp_path_factory):
+    return together(2, in_two_stages, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +258,7 @@ def assert_equal_step(ranks, network, *batches, **choices):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_stages_have_the_loss_gradients_and_outputs_of_one_process(two, schedule):
-    ranks, network = [rank[schedule] for rank in two[0]], dense()
+    ranks, network = [rank[schedule] for rank in two], dense()
     assert_equal_step(ranks, network, digits(0))
     for rank in ranks:
         with torch.no_grad():
@@ -304,7 +267,7 @@ def test_two_stages_have_the_loss_gradients_and_outputs_of_one_process(two, sche
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradients_add_up_over_batches_of_several_sizes(two, schedule):
-    assert_equal_step([rank[schedule]["sizes"] for rank in two[0]], dense(), digits(0, 8), digits(1, 12), digits(2, 8))
+    assert_equal_step([rank[schedule]["sizes"] for rank in two], dense(), digits(0, 8), digits(1, 12), digits(2, 8))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -325,52 +288,33 @@ def test_tokens_in_sentences_of_several_lengths(three, schedule):
 
 def test_a_process_keeps_only_its_own_blocks(two):
     names = [name for name, _ in dense().named_parameters()]
-    for rank, held in zip(two[0], [names[:2], names[2:]], strict=True):
+    for rank, held in zip(two, [names[:2], names[2:]], strict=True):
         assert rank["layers"] == [[0], [1, 2, 3, 4]]
         assert rank["held"] == held
 
 
-def test_training_in_two_stages_follows_the_curve_of_one_process(two, curve):
+def test_training_in_two_stages_follows_the_curve_of_one_process(two):
+    network = dense()
+    expected = train(network, make_optimizer(network), range(STEPS))
     network = dense()
     whole_gradients(network, digits(0))
     assert clip_grad_norm_(network.parameters(), CLIP) > CLIP  # the clipping acts
-    assert curve[0][-1] < 0.8 * curve[0][0]
-    for rank in two[0]:
-        close(rank["curve"], curve[0])
-
-
-@pytest.mark.parametrize("step", [0, CUT])
-def test_a_checkpoint_of_one_process_continues_in_two_stages(two, curve, step):
-    for rank in two[0]:
-        close(rank[f"from {step}"], curve[0][step:])
-
-
-@pytest.mark.parametrize(
-    ("step", "load"),
-    [(0, load_optimizer_state), (CUT, load_optimizer_state), (CUT, set_optimizer_state_dict)],
-    ids=["start", "halfway", "halfway by torch"],
-)
-def test_a_checkpoint_of_two_stages_continues_in_one_process(two, curve, step, load):
-    network, saved = dense(seed=5), torch.load(two[1], weights_only=True)[step]
-    assert list(saved["model"]) == list(network.state_dict())
-    network.load_state_dict(saved["model"])
-    optimizer = make_optimizer(network)
-    load(network, optimizer, saved["optimizer"])
-    close(train(network, optimizer, range(step, STEPS)), curve[0][step:])
+    assert expected[-1] < 0.8 * expected[0]
+    for rank in two:
+        close(rank["curve"], expected)
 
 
 def test_the_first_step_draws_no_random_numbers_and_moves_no_statistics_of_its_own(two):
-    for rank in two[0]:
+    for rank in two:
         first, second = rank["noisy"]
         assert_identical(first["gradients"], second["gradients"])
     network = noisy()
     for _ in range(2):
         for part in digits(0)[0].chunk(PARTS):
             network[:2](part)
-    found = two[0][0]["statistics"]
-    assert found.keys() == network.state_dict().keys()
+    found = two[0]["statistics"]
     assert found["1.num_batches_tracked"] == 2 * PARTS
-    close(found, network.state_dict())
+    close(found, network[:2].state_dict())
 
 
 def test_half_precision_inside_the_stages(two):
@@ -380,7 +324,7 @@ def test_half_precision_inside_the_stages(two):
         loss = functional.cross_entropy(network(inputs.float()), targets)
     loss.backward()
     expected = gradients(network)
-    for rank in two[0]:
+    for rank in two:
         found = rank["autocast"]
         assert found["losses"][0].dtype == torch.float32
         torch.testing.assert_close(found["losses"][0], loss.detach(), rtol=1e-2, atol=0)
@@ -398,13 +342,11 @@ def test_half_precision_inside_the_stages(two):
         "costs": "ValueError: 2 costs for 5 blocks",
         "tied": "ValueError: two of the stages .* share a parameter",
         "module": "TypeError: blocks must be an nn.Sequential",
-        "shape": "RuntimeError: .*size mismatch for 4.weight",
-        "missing": "RuntimeError: .*Missing key.*0.weight",
         "border": "TypeError: stage 0 .* gives torch.int64",
     }.items(),
 )
 def test_mistakes_are_told_in_every_process(two, case, message):
-    for rank in two[0]:
+    for rank in two:
         assert re.match(message, rank["complaints"][case], re.DOTALL), rank["complaints"][case]
 
 
@@ -413,7 +355,6 @@ def test_one_process_is_a_pipeline_too(tmp_path):
     try:
         pipeline = Pipeline(dense(), functional.cross_entropy, PARTS)
         assert_equal_step([one_step(pipeline, digits(0))], dense(), digits(0))
-        assert_identical(pipeline.state_dict(), dict(dense().state_dict()))
     finally:
         dist.destroy_process_group()
 
@@ -427,31 +368,6 @@ def failing(folder):
 def test_a_failure_in_one_process_is_reported(tmp_path):
     with pytest.raises(pytest.fail.Exception, match="the second process failed"):
         together(2, failing, tmp_path)
-
-
-# Optimizer states by name
-
-
-def test_an_optimizer_state_fits_another_order_and_refuses_what_does_not_fit():
-    network = dense()
-    optimizer = make_optimizer(network)
-    train(network, optimizer, range(2))
-    saved = optimizer_state(network, optimizer)
-
-    other = make_optimizer(network)
-    other.param_groups.reverse()
-    load_optimizer_state(network, other, saved)
-    for parameter in network.parameters():
-        assert_identical(other.state[parameter], optimizer.state[parameter])
-    assert [group["weight_decay"] for group in other.param_groups] == [0.0, 0.1]
-
-    with pytest.raises(ValueError, match=r"0\.weight and .* share a group"):
-        load_optimizer_state(network, torch.optim.AdamW(network.parameters()), saved)
-    with pytest.raises(ValueError, match="not the module's"):
-        optimizer_state(dense(), optimizer)
-    longer = network.append(nn.Linear(10, 2).double())
-    with pytest.raises(KeyError, match=r"5\.weight"):
-        load_optimizer_state(longer, make_optimizer(longer), saved)
 
 
 # Layers

@@ -74,11 +74,21 @@ def test_both_of_kaggles_gpus_train_unless_told_otherwise(monkeypatch):
 def test_what_is_told_about_processes_workers_and_checkpoints(monkeypatch, tmp_path):
     found = runtime.detect()
     assert (found.processes, found.workers, found.keep, found.checkpoint_seconds, found.elsewhere) == (1, 0, 2, 60.0, {})
-    told = {"PROCESSES": "3", "WORKERS": "4", "KEEP": "5", "CHECKPOINT_EVERY": "5m", "CHECKPOINT_DIR": "far", "LOG_DIR": "/logs"}
+    assert found.parallel == "copies"
+    told = {
+        "PARALLEL": "pipeline",
+        "PROCESSES": "3",
+        "WORKERS": "4",
+        "KEEP": "5",
+        "CHECKPOINT_EVERY": "5m",
+        "CHECKPOINT_DIR": "far",
+        "LOG_DIR": "/logs",
+    }
     for name, value in told.items():
         monkeypatch.setenv(getattr(runtime, name), value)
     found = runtime.detect()
     assert (found.processes, found.workers, found.keep, found.checkpoint_seconds) == (3, 4, 5, 300.0)
+    assert ["processes", "3, each with a stage of the weights", f"{runtime.PROCESSES}=3"] in found.rows()
     assert {name: str(place) for name, place in found.elsewhere.items()} == {"checkpoints": f"{tmp_path}/far", "logs": "/logs"}
 
 
@@ -106,4 +116,10 @@ def test_what_is_no_number_of_processes_workers_or_checkpoints(name, value, leas
 def test_checkpoints_need_a_time_between_them(value, monkeypatch):
     monkeypatch.setenv(runtime.CHECKPOINT_EVERY, value)
     with pytest.raises(UserError, match=value):
+        runtime.detect()
+
+
+def test_an_unknown_way_to_train_in_parallel_is_refused(monkeypatch):
+    monkeypatch.setenv(runtime.PARALLEL, "tensor")
+    with pytest.raises(UserError, match=r"(?s)PARALLEL=tensor.*copies, slices, pipeline"):
         runtime.detect()

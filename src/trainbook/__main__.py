@@ -324,7 +324,11 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", help="train in so many processes, one per GPU; auto (the default) takes both of Kaggle's T4s"
     )
-    parser.add_argument("--shard", action="store_const", const="1", help="each process keeps a slice of the weights, not a copy")
+    parser.add_argument(
+        "--parallel",
+        choices=runtime.PARALLEL_KINDS,
+        help="each process keeps a copy of the weights (default), a slice of every tensor, or some of an nn.Sequential's blocks",
+    )
     parser.add_argument("--workers", help="processes that read a data set too large for the device (default 0)")
     parser.add_argument("--checkpoint-every", help="at most this much work is lost to a kill, such as 60s or 5m (default 60s)")
     parser.add_argument("--keep", help="number of checkpoints kept (default 2)")

@@ -120,12 +120,12 @@ class Batches:
         workers: int = 0,
         device: str = "cpu",
     ) -> None:
-        self.batch_size = batch_size * (distributed.size() if batch_scaling == "per_process" else 1)
+        self.batch_size = batch_size * (distributed.replicas() if batch_scaling == "per_process" else 1)
         number = len(next(iter(source.values())) if isinstance(source, Mapping) else source)
         if number < self.batch_size:
             raise ValueError(f"{number} examples do not fill one batch of {self.batch_size}")
-        if self.batch_size < distributed.size():
-            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {distributed.size()} processes")
+        if self.batch_size < distributed.replicas():
+            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {distributed.replicas()} processes")
         self.per_epoch = number // self.batch_size
         self._source, self._seed, self._number, self._workers, self._device = source, seed, number, workers, torch.device(device)
         self._reader: Iterator[Any] = iter(())
@@ -145,7 +145,7 @@ class Batches:
         return _moved(next(self._reader), self._device)
 
     def _loader(self, first: int) -> DataLoader:
-        batches = _BatchOfStep(self, distributed.rank())
+        batches = _BatchOfStep(self, distributed.replica())
         return DataLoader(
             batches,
             batch_size=None,
@@ -161,7 +161,7 @@ class _BatchOfStep(Dataset):
     """Reads the batch of a step; what a worker process holds."""
 
     def __init__(self, batches: Batches, rank: int) -> None:
-        self._batches, self._rank, self._size = batches, rank, distributed.size()
+        self._batches, self._rank, self._size = batches, rank, distributed.replicas()
 
     def __getitem__(self, step: int) -> Any:
         b = self._batches

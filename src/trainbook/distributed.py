@@ -3,6 +3,7 @@
 Everything here also works in a single process, where it changes nothing.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,25 +26,30 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-_sharded = False
+_parallel = "copies"
 
 
-def is_sharded() -> bool:
-    """Whether each process keeps a slice of every parameter instead of a whole copy."""
-    return _sharded and size() > 1
+def parallel() -> str:
+    """What each process keeps of the weights: copies, slices of every parameter, or a stage of a pipeline."""
+    return _parallel if size() > 1 else "copies"
+
+
+def is_divided() -> bool:
+    """Whether no process has all of the weights."""
+    return parallel() != "copies"
 
 
 @contextmanager
-def joined(sharded: bool = False) -> Iterator[None]:
+def joined(kind: str = "copies") -> Iterator[None]:
     """Be one of the processes that torchrun started, as its environment says; leaves the group at the end.
 
     Tensors on a CPU travel through gloo, those on a GPU through NCCL.
 
     Args:
-        sharded: keep slices of the parameters (FSDP2) instead of copies (DDP).
+        kind: what each keeps of the weights, see `parallel`.
     """
-    global _sharded
-    _sharded = sharded
+    global _parallel
+    _parallel = kind
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -52,15 +58,25 @@ def joined(sharded: bool = False) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def replicas() -> int:
+    """How many shares a batch is cut into: one per process, or one that passes through all stages of a pipeline."""
+    return 1 if parallel() == "pipeline" else size()
+
+
+def replica() -> int:
+    """Which share of a batch, and of the random numbers that go with it, is this process's."""
+    return 0 if parallel() == "pipeline" else rank()
+
+
 def share(indices: Tensor) -> Tensor:
     """This process's part of the global batch's indices: contiguous, nearly equal, the same cut at any time.
 
     Raises:
-        ValueError: when there are fewer examples than processes.
+        ValueError: when there are fewer examples than shares.
     """
-    if len(indices) < size():
-        raise ValueError(f"a batch of {len(indices)} cannot be shared by {size()} processes")
-    return indices.tensor_split(size())[rank()] if size() > 1 else indices
+    if len(indices) < replicas():
+        raise ValueError(f"a batch of {len(indices)} cannot be shared by {replicas()} processes")
+    return indices.tensor_split(replicas())[replica()] if replicas() > 1 else indices
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -121,18 +137,30 @@ def shard(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         if any(True for _ in child.parameters()):
             fully_shard(child)
     fully_shard(module)
-    sliced = dict(zip(map(id, before), module.parameters(), strict=True))
-    for group in optimizer.param_groups if optimizer is not None else ():
-        group["params"] = [sliced[id(parameter)] for parameter in group["params"]]
-        for parameter in before:
-            state = optimizer.state.pop(parameter, None)
-            if state is not None:
-                optimizer.state[sliced[id(parameter)]] = sliced_like(state, sliced[id(parameter)])
+    if optimizer is not None:
+        follow(optimizer, before, module)
+
+
+def follow(optimizer: torch.optim.Optimizer, before: list[Tensor], module: nn.Module) -> None:
+    """Let an optimizer go on with what has become of a module's parameters; those that another process has lose their state."""
+    now = dict(zip(map(id, before), module.parameters(), strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [now[id(parameter)] for parameter in group["params"]]
+    for parameter in before:
+        state, own = optimizer.state.pop(parameter, None), now[id(parameter)]
+        if state is not None and not own.is_meta:
+            optimizer.state[own] = sliced_like(state, own)
 
 
 def whole(values: Any) -> Any:
-    """Nested dicts and lists with every slice of a sharded tensor put together again; all processes must call it."""
-    if not _sharded:
+    """Nested dicts (and lists) with what is divided among the processes put together again; all processes must call it.
+
+    Every slice of a tensor; or the tensors that other stages of a pipeline have, which are on the meta device here or not in
+    their dict at all: these the first process gets, the others get nothing.
+    """
+    if parallel() == "pipeline":
+        return _gathered(values)
+    if parallel() != "slices":
         return values
     if hasattr(values, "full_tensor"):
         return values.full_tensor()
@@ -143,19 +171,57 @@ def whole(values: Any) -> Any:
     return values
 
 
+def _gathered(values: dict[str, Any]) -> dict[str, Any]:
+    own = _without_meta(values)
+    if rank() > 0:
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        distributed.send(torch.tensor([len(content)]), 0)
+        distributed.send(content, 0)
+        return {}
+    for other in range(1, size()):
+        length = torch.empty(1, dtype=torch.int64)
+        distributed.recv(length, other)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        distributed.recv(content, other)
+        own = _united(own, torch.load(io.BytesIO(content.numpy()), map_location="cpu", weights_only=True))
+    return own
+
+
+def _without_meta(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_meta(value) for key, value in values.items() if not (isinstance(value, Tensor) and value.is_meta)}
+
+
+def _united(ours: Any, theirs: Any) -> Any:
+    """Two nested dicts as one; where both have a value it is ours."""
+    if not isinstance(ours, dict):
+        return ours
+    common = {key: _united(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
+    return ours | theirs | common
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
+    if tensor.is_meta:
+        return torch.empty(0)
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sliced_like(values: dict[str, Any], pattern: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """This process's slices of whole tensors.
+    """This process's part of whole tensors: slices, or tensors without content for those that another process has.
 
     Args:
         values: name to whole tensor, or to anything else, which stays as it is.
-        pattern: a sharded tensor that those of its shape are cut like, or a dict of such by the same names.
+        pattern: a divided tensor that those of its shape are cut like, or a dict of such by the same names.
     """
-    if not _sharded:
+    if parallel() == "pipeline":
+        patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(values, pattern)
+        absent = {name for name, like in patterns.items() if isinstance(like, Tensor) and like.is_meta}
+        return {n: v.to("meta") if n in absent and isinstance(v, Tensor) else v for n, v in values.items()}
+    if parallel() != "slices":
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor
 

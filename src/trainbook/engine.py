@@ -145,7 +145,7 @@ class Engine:
             ) as bar,
         ):
             while True:
-                seed_step(self.seed, state.step, distributed.rank())
+                seed_step(self.seed, state.step, distributed.replica())
                 expected = state.step + 1
                 record = next(records, None)
                 now = time.monotonic()
@@ -251,7 +251,7 @@ class Engine:
         if bad := state.non_finite_tensors():
             raise RunFailed(self._explain_non_finite(state.step, state.stage, bad, state))
         self._finish_saving()  # never two at once
-        if distributed.rank() > 0 and not distributed.is_sharded():
+        if distributed.rank() > 0 and not distributed.is_divided():
             return
         files = snapshot(state, {"records_bytes": metrics.tell()})
         if distributed.rank() > 0:

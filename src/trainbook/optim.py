@@ -19,6 +19,7 @@ from trainbook import distributed
 from trainbook.acceleration import allow_tf32, apply_variant, fastest_variant, variant_table
 from trainbook.errors import RunFailed, UserError
 from trainbook.optimization import OptimizationConfig
+from trainbook.pipeline import Pipeline, divide
 from trainbook.runtime import mixed_dtype
 
 logger = logging.getLogger("trainbook")
@@ -142,7 +143,10 @@ class Stepper:
     e <- d e + (1 - d) w in parameters after each step that was not skipped; buffers (batch statistics) are copied.
     Keep `state_dict()` in a checkpoint (`TrainState.stateful`) beside the module; nothing else carries over.
 
-    Where several processes train (`distributed`), each calls this with its share of the batch.
+    Where several processes train (`distributed`), each calls this with its share of the batch. In a pipeline that is all of
+    it: each process keeps some blocks of the module, an nn.Sequential, and the micro-batches pass through all of them. It
+    computes what one process computes, but that random numbers drawn by dropout or by the loss are other ones, and that
+    batch normalisation sees `accumulation` micro-batches, at least one per process.
 
     Args:
         module: what is trained; not replaced or moved afterwards.
@@ -151,6 +155,7 @@ class Stepper:
 
     Raises:
         ValueError: when `total_steps` is not positive.
+        UserError: when the weights are to be divided among processes and the module or a choice does not allow it.
     """
 
     def __init__(self, module: nn.Module, config: OptimizationConfig, total_steps: int) -> None:
@@ -159,30 +164,40 @@ class Stepper:
         self.module, self.config, self.total_steps = module, config, total_steps
         self.optimizer = make_optimizer(module, config)
         self.ema = averaged_copy(module) if config.ema_decay else None
-        if distributed.is_sharded():
+        if distributed.is_divided():
+            choice = f"with --parallel {distributed.parallel()} choose"
             if config.on_spike == "roll_back" and config.spike_deviations:
-                raise UserError("on_spike = roll_back keeps whole copies of the weights", "with --shard choose skip or lower_rate")
+                raise UserError("on_spike = roll_back keeps whole copies of the weights", f"{choice} skip or lower_rate")
             if config.acceleration != "off":
-                raise UserError(f"acceleration = {config.acceleration} needs the whole model", "with --shard choose off")
+                raise UserError(f"acceleration = {config.acceleration} needs the whole model", f"{choice} off")
+        if distributed.parallel() == "slices":
             distributed.shard(module, self.optimizer)
             if self.ema is not None:
                 distributed.shard(self.ema)
+        self._pipeline: Pipeline | None = None
+        if distributed.parallel() == "pipeline":
+            self._pipeline = divide(module, config.accumulation, self.optimizer)
+            if self.ema is not None:
+                divide(self.ema, config.accumulation)
         self.steps_done, self.accumulation, self.rate_factor = 0, config.accumulation, 1.0
         self.variant = "" if config.acceleration == "measured" else ACCELERATIONS[config.acceleration]
         self._losses, self._spikes_in_a_row, self._kept = LossStatistics(), 0, {}
         self._model: nn.Module | None = None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        device = self._parameters[0].device
+        device = self._parameters[0].device if self._pipeline is None else self._pipeline.device
         self._precision = precision = mixed_dtype(str(device)) if config.precision == "mixed" else config.precision
         dtype = None if precision == "float32" else getattr(torch, precision)
         self._autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
         self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
+        idle = self.scaler is not None and not any(p.requires_grad for p in _present(self._parameters))
+        if distributed.largest_of([idle])[0]:  # a scaler without gradients does not know when to lower its scale
+            raise UserError("a stage of the pipeline has nothing to train in float16", "choose another precision or --parallel")
         if device.type == "cuda":
             allow_tf32(config.tf32)
         if self.ema is not None:
             self._average = get_ema_multi_avg_fn(config.ema_decay)
-            self._weights, self._averages = list(module.parameters()), list(self.ema.parameters())
-            self._buffers, self._averaged_buffers = list(module.buffers()), list(self.ema.buffers())
+            self._weights, self._averages = _present(module.parameters()), _present(self.ema.parameters())
+            self._buffers, self._averaged_buffers = _present(module.buffers()), _present(self.ema.buffers())
 
     def step(self, batch: Any, loss_function: LossFunction, global_size: int = 0) -> dict[str, Tensor | float]:
         """One update of the weights by the gradient of the batch's mean loss.
@@ -207,8 +222,10 @@ class Stepper:
 
         Raises:
             RunFailed: when 20 steps in a row are spikes.
+            UserError: in a pipeline, when the batch does not make equal micro-batches or the loss does more with the module
+                than to call it once with one tensor.
         """
-        global_size = global_size or batch_size(batch) * distributed.size()
+        global_size = global_size or batch_size(batch) * distributed.replicas()
         if not global_size:
             raise ValueError("a step needs at least one example")
         if self._model is None:
@@ -225,8 +242,9 @@ class Stepper:
         means = self._gradient(batch, loss_function, global_size)
         if self.scaler is not None:
             scale = self.scaler.scale(torch.ones_like(means["loss"]))
+            self._tell_overflow()
             self.scaler.unscale_(self.optimizer)
-        norm = distributed.whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        norm = self._gradient_norm()
         if self.config.clip_norm:
             clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         if self.config.clip_value:
@@ -250,6 +268,20 @@ class Stepper:
             report.update(gradient_norm=norm.masked_fill(skipped, 0.0), loss_scale=scale, skipped=skipped.float())
         return report
 
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole model."""
+        if self._pipeline is not None:
+            return self._pipeline.gradient_norm()
+        return distributed.whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+
+    def _tell_overflow(self) -> None:
+        """Let an overflow in one stage's gradient be one in all: their scalers skip the same steps."""
+        if self._pipeline is not None:
+            zero = self._pipeline.gradient_norm() * 0  # or NaN
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad += zero
+
     def _prepare(self, batch: Any, loss_function: LossFunction) -> None:
         """Choose the form in which the module runs, and let several processes find out together how much memory suffices."""
 
@@ -258,6 +290,9 @@ class Stepper:
                 loss, _ = _loss_and_means(loss_function(module, split_batch(batch, self.accumulation)[0]))
             return loss if self.scaler is None else self.scaler.scale(loss.float())
 
+        if self._pipeline is not None:
+            self._model = self.module
+            return
         if not self.variant:
             self._rehearse(self.module, batch, loss_function)
             chosen = b""
@@ -267,8 +302,8 @@ class Stepper:
                 chosen = name.encode()
             self.variant = distributed.bytes_from_first(chosen).decode()
         running = apply_variant(self.module, self.variant, self.optimizer)
-        self._model = running if distributed.is_sharded() else distributed.replicate(running)
-        if distributed.size() > 1 and not distributed.is_sharded():
+        self._model = running if distributed.parallel() == "slices" else distributed.replicate(running)
+        if distributed.size() > 1 and distributed.parallel() == "copies":
             self._rehearse(running, batch, loss_function)
 
     def _rehearse(self, module: nn.Module, batch: Any, loss_function: LossFunction) -> None:
@@ -316,6 +351,9 @@ class Stepper:
 
     def _gradient(self, batch: Any, loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
         """Leave the gradient of the global batch's mean loss in the parameters; returns the loss and the further means."""
+        if self._pipeline is not None:
+            self.optimizer.zero_grad()
+            return self._through_stages(self._pipeline, batch, loss_function)
         buffers = self._buffers_now()
         while True:
             self.optimizer.zero_grad()
@@ -328,6 +366,22 @@ class Stepper:
             self._put_back(buffers)  # outside the handler: the traceback holds what filled the memory
             self._use_less_memory()
 
+    def _through_stages(self, pipeline: Pipeline, batch: Any, loss_function: LossFunction) -> dict[str, Tensor]:
+        number, examples = max(self.accumulation, pipeline.num_stages), batch_size(batch)
+        if examples % number:
+            raise UserError(
+                f"a batch of {examples} does not make {number} equal micro-batches for a pipeline",
+                f"choose a batch_size that is a multiple of {number}, or another accumulation",
+            )
+
+        def means_of(module: nn.Module, micro_batch: Any) -> dict[str, Tensor]:
+            loss, others = _loss_and_means(loss_function(module, micro_batch))
+            return _named(_widened(loss), others)
+
+        scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
+        with self._autocast:  # once: a torch.autocast that is entered twice stays on
+            return pipeline.step_on_parts(split_batch(batch, number), means_of, scale)
+
     def _accumulate(self, micro_batches: list[Any], loss_function: LossFunction, global_size: int) -> dict[str, Tensor]:
         processes = distributed.size()
         means: dict[str, Tensor] = {}
@@ -339,11 +393,9 @@ class Stepper:
                 loss = _widened(loss)
                 loss = loss if weight == 1 else loss * weight
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            means["loss"] = loss.detach() + means["loss"] if means else loss.detach()
-            for name, value in others.items():
-                if name == "loss":
-                    raise ValueError("a further mean cannot be called loss: that is the loss itself")
-                means[name] = _widened(value.detach()) * weight + means.get(name, 0.0)
+            for name, value in _named(loss.detach(), others).items():
+                share = value if name == "loss" else _widened(value.detach()) * weight  # the loss has its weight already
+                means[name] = share + means[name] if name in means else share
         if processes > 1:
             total = distributed.add_up(torch.stack([value.to(means["loss"].dtype) for value in means.values()])) / processes
             means = dict(zip(means, total.unbind(), strict=True))
@@ -352,7 +404,7 @@ class Stepper:
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Gradients travel between processes in the backward pass of a step's last micro-batch only."""
-        if distributed.is_sharded():
+        if distributed.parallel() == "slices":
             self.module.set_requires_gradient_sync(last)
             yield
         elif last or distributed.size() == 1:
@@ -417,10 +469,13 @@ class Stepper:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a stepper of the same config, saved by any number of processes."""
         optimizer = saved["optimizer"]
-        if distributed.is_sharded():
+        if distributed.parallel() == "slices":
             states = optimizer["state"].items()
             cut = {index: distributed.sliced_like(state, self._parameters[index]) for index, state in states}
             optimizer = {**optimizer, "state": cut}
+        if distributed.parallel() == "pipeline":
+            own = {index: state for index, state in optimizer["state"].items() if not self._parameters[index].is_meta}
+            optimizer = {**optimizer, "state": own}
         self.optimizer.load_state_dict(optimizer)
         if self.scaler is not None and "scaler" in saved:  # a run may move to a card that needs one
             self.scaler.load_state_dict(saved["scaler"])
@@ -475,6 +530,17 @@ class LossStatistics:
 
 def _loss_and_means(returned: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return returned if isinstance(returned, tuple) else (returned, {})
+
+
+def _named(loss: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "loss" in others:
+        raise ValueError("a further mean cannot be called loss: that is the loss itself")
+    return {"loss": loss, **others}
+
+
+def _present(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without those that another process of a pipeline has."""
+    return [tensor for tensor in tensors if not tensor.is_meta]
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The only user of torch.distributed.pipelining, which torch still calls alpha.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, chain
 from typing import Any
@@ -16,7 +17,14 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
+from trainbook import distributed
+from trainbook.errors import UserError
+from trainbook.seeding import seed_step
+
+MeansOfPart = Callable[[Any, Any], dict[str, Tensor]]
+
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+OTHERWISE = "train it with --parallel copies or slices"
 
 
 def distribute_layers(costs: Sequence[float], num_stages: int) -> list[range]:
@@ -122,8 +130,9 @@ class Pipeline:
             stage.to(device if rank == self.rank else "meta")
 
         self.loss_function, self.num_micro_batches, self.device = loss_function, num_micro_batches, torch.device(device)
-        self.stage, self._stages, self._blocks = stages[self.rank], stages, blocks
+        self.stage, self._stages = stages[self.rank], stages
         self._is_first, self._is_last = self.rank == 0, self.rank == self.num_stages - 1
+        self._names_of_means: list[str] = []
         self._known_borders: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._make_schedule, self._schedule, self._scheduled = SCHEDULES[schedule], None, None
 
@@ -135,7 +144,7 @@ class Pipeline:
 
         Args:
             inputs: (B, ...), the same in every process.
-            targets: (B, ...).
+            targets: (B, ...), where the loss function wants them.
 
         Returns:
             L in every process, float32 or wider.
@@ -144,25 +153,85 @@ class Pipeline:
             ValueError: when B is not a multiple of M.
             TypeError: when what passes between two stages is no float tensor.
         """
+        borders, losses = self._run(inputs, targets)
+        dtype = torch.promote_types(borders[-1].dtype, torch.float32)
+        loss = torch.stack(losses).sum().detach().to(dtype) if self._is_last else torch.empty((), dtype=dtype, device=self.device)
+        dist.broadcast(loss, self.num_stages - 1)
+        return loss
+
+    def _run(self, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """One batch forward and backward; what enters and leaves the stages, and on the last of them each L_m / M."""
         if not len(inputs) or len(inputs) % self.num_micro_batches:
             raise ValueError(
                 f"{len(inputs)} examples do not make {self.num_micro_batches} equal micro-batches: drop the rest of the batch, "
                 f"or choose a batch size that is a multiple of {self.num_micro_batches}"
             )
         borders = self._borders(inputs[: len(inputs) // self.num_micro_batches])
-        if self._scheduled is not borders:  # receive buffers have the shapes of one kind of batch
-            self._schedule, self._scheduled = self._new_schedule(borders), borders
+        kind = inputs.shape, inputs.dtype, self.num_micro_batches
+        if self._scheduled != kind:  # receive buffers have the shapes of one kind of batch
+            self._schedule, self._scheduled = self._new_schedule(borders), kind
         losses: list[Tensor] = []
         self._schedule.step(
             *([inputs.to(self.device).contiguous()] if self._is_first else []),
-            target=targets.to(self.device) if self._is_last else None,
+            target=targets if self._is_last else None,
             losses=losses,
             return_outputs=False,
         )
-        dtype = torch.promote_types(borders[-1].dtype, torch.float32)
-        loss = torch.stack(losses).sum().detach().to(dtype) if self._is_last else torch.empty((), dtype=dtype, device=self.device)
-        dist.broadcast(loss, self.num_stages - 1)
-        return loss
+        return borders, losses
+
+    def step_on_parts(self, parts: Sequence[Any], means_of: MeansOfPart, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Like `step`, for a loss that calls the module itself and knows nothing of stages.
+
+        A loss function is run for a part twice: everywhere until it calls the module, to learn the module's input, and on
+        the last stage with the outputs of the pipeline in the module's place. Both times it draws the same random numbers.
+
+        Args:
+            parts: micro-batches, in every process the same.
+            means_of: (module, part) -> the mean loss over the part's examples as "loss", and further means.
+            scale: of the loss that the gradient is of.
+
+        Returns:
+            The means over all parts in every process, float64.
+
+        Raises:
+            UserError: when the loss asks more of the module than to be called once with one tensor.
+        """
+        with random_numbers_of_a_stage(self.device) as seed:
+
+            def of_part(module: _StandIn, index: int) -> dict[str, Tensor]:
+                with _random_numbers(seed, 1 + index, self.device), _inside_a_loss():
+                    return means_of(module, parts[index])
+
+            inputs = [_input_of(of_part, index) for index in range(len(parts))]
+            if len({(part.shape, part.dtype) for part in inputs}) > 1:
+                raise UserError(
+                    f"micro-batches enter the model with different shapes: {', '.join(str(tuple(i.shape)) for i in inputs)}",
+                    "choose batch_size as a multiple of the number of micro-batches, or another --parallel",
+                )
+            found: list[dict[str, Tensor]] = []
+
+            def loss_function(outputs: Tensor, index: Tensor) -> Tensor:
+                means = of_part(_StandIn(outputs), int(index))
+                found.append({name: mean.detach() for name, mean in means.items()})
+                return scale(means["loss"])
+
+            self.loss_function, self.num_micro_batches = loss_function, len(parts)
+            self._run(torch.cat(inputs), torch.arange(len(parts)))
+        return self._means_everywhere(found)
+
+    def _means_everywhere(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if not self._names_of_means:
+            told = [list(found[0]) if self._is_last else []]
+            dist.broadcast_object_list(told, self.num_stages - 1)
+            (self._names_of_means,) = told
+        names = self._names_of_means
+        if any(list(part) != names for part in found):
+            raise ValueError(f"the loss reports {', '.join(found[-1])}, but earlier it reported {', '.join(names)}")
+        means = torch.empty(len(names), dtype=torch.float64, device=self.device)
+        if self._is_last:
+            torch.stack([torch.stack([part[name].to(means) for part in found]).mean() for name in names], out=means)
+        dist.broadcast(means, self.num_stages - 1)
+        return dict(zip(names, means.unbind(), strict=True))
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
@@ -194,35 +263,6 @@ class Pipeline:
         norms = [torch.empty_like(norm) for _ in range(self.num_stages)]
         dist.all_gather(norms, norm)
         return get_total_norm(norms)
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the state of the whole sequence on the CPU, with the keys it has undivided; empty but in rank 0."""
-        return {key: value for part in self._gather(self.stage.state_dict()) for key, value in part.items()}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this stage's part of a state of the whole sequence, written by however many stages, or by none.
-
-        Raises:
-            RuntimeError: in every process, when a key or a shape anywhere in the sequence differs.
-        """
-        own = self.stage.state_dict().keys()
-        shapes = {k: v.to("meta") if k not in own and isinstance(v, Tensor) else v for k, v in saved.items()}
-        self._blocks.load_state_dict(shapes)
-
-    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of all stages' optimizers in the form of `optimizer_state`, on the CPU; empty but in rank 0."""
-        own = optimizer_state(self.stage, optimizer)
-        entries = {(name, key): value for name, values in own["state"].items() for key, value in values.items()}
-        state, groups = {}, []
-        for part in self._gather({**entries, "param_groups": own["param_groups"]}):
-            groups += part.pop("param_groups")
-            for (name, key), value in part.items():
-                state.setdefault(name, {})[key] = value
-        return {"state": state, "param_groups": groups} if self._is_first else {}
-
-    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        """Take this stage's part of an optimizer's state, from `optimizer_state_dict` or `optimizer_state`."""
-        load_optimizer_state(self.stage, optimizer, saved)
 
     def _borders(self, part: Tensor) -> list[Tensor]:
         """What enters each stage and what leaves the last, for one micro-batch: tensors without storage.
@@ -257,28 +297,97 @@ class Pipeline:
         # Not scale_grads: it divides all of .grad, what earlier steps added too.
         return self._make_schedule(stage, self.num_micro_batches, loss_fn=share, scale_grads=False)
 
-    def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
-        """Each stage's entries in rank 0, none elsewhere; tensors come one by one, so no device holds more than one extra."""
-        own = {key: value.detach().contiguous() if isinstance(value, Tensor) else value for key, value in own.items()}
-        if not self._is_first:
-            described = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in own.items()}
-            dist.send_object_list([described], 0, device=self.device)
-            for value in own.values():
-                if isinstance(value, Tensor):
-                    dist.send(value.to(self.device), 0)
-            return []
-        parts = [{key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in own.items()}]
-        for rank in range(1, self.num_stages):
-            received: list[Any] = [None]
-            dist.recv_object_list(received, rank, device=self.device)
-            (part,) = received
-            for key, value in part.items():
-                if isinstance(value, Tensor):
-                    arrived = torch.empty_like(value, device=self.device)
-                    dist.recv(arrived, rank)
-                    part[key] = arrived.cpu()
-            parts.append(part)
-        return parts
+
+def divide(module: nn.Module, num_micro_batches: int, optimizer: torch.optim.Optimizer | None = None) -> Pipeline:
+    """Let every process keep one stage of a sequence of blocks, in place; the optimizer follows.
+
+    The tensors of the other stages are on the meta device from then on, in the module and in its `state_dict()`. Calling
+    the module runs all stages, without gradients, in every process alike.
+
+    Raises:
+        UserError: when the module is no such sequence.
+    """
+    before = list(module.parameters())
+    device = next((p.device for p in before if not p.is_meta), torch.device("cpu"))
+    try:
+        pipeline = Pipeline(module, None, max(num_micro_batches, distributed.size()), device=device)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"this model cannot be cut into a pipeline: {error}", OTHERWISE) from None
+    if optimizer is not None:
+        distributed.follow(optimizer, before, module)
+
+    def forward(inputs: Tensor) -> Tensor:
+        if _losses_running:
+            raise UserError("the loss calls a model that is cut into a pipeline, and not the one it is given", OTHERWISE)
+        with random_numbers_of_a_stage(device):
+            return pipeline.forward(inputs)
+
+    module.forward = forward
+    return pipeline
+
+
+@contextmanager
+def random_numbers_of_a_stage(device: torch.device) -> Iterator[int]:
+    """Other random numbers in every process, from a seed that all have; afterwards all go on as if none had been drawn."""
+    seed = int(torch.randint(2**62, ()))
+    with _random_numbers(seed, 0, device, distributed.rank()):
+        yield seed
+
+
+@contextmanager
+def _random_numbers(seed: int, step: int, device: torch.device, rank: int = 0) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed_step(seed, step, rank)
+        yield
+
+
+_losses_running: list[None] = []
+
+
+@contextmanager
+def _inside_a_loss() -> Iterator[None]:
+    _losses_running.append(None)
+    try:
+        yield
+    finally:
+        _losses_running.pop()
+
+
+class _CalledWith(BaseException):
+    """Carries a module's input out of the loss function that calls it; nothing between may take it for an error."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+
+
+class _StandIn:
+    """What a loss function gets in the place of a module: gives known outputs, or breaks off with what it is called with."""
+
+    def __init__(self, outputs: Tensor | None = None) -> None:
+        self._outputs, self._calls = outputs, 0
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise UserError("the loss calls the model with other than one tensor, which a pipeline cannot pass on", OTHERWISE)
+        if inputs[0].requires_grad:
+            raise UserError("the loss wants a gradient for the model's input, which a pipeline does not give", OTHERWISE)
+        self._calls += 1
+        if self._calls > 1:
+            raise UserError("the loss calls the model twice; through a pipeline a batch passes once", OTHERWISE)
+        if self._outputs is None:
+            raise _CalledWith(inputs[0])
+        return self._outputs
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(f"the loss uses the model's {name!r}; in a pipeline it can only call the model", OTHERWISE)
+
+
+def _input_of(of_part: Callable[[Any, int], Any], index: int) -> Tensor:
+    try:
+        of_part(_StandIn(), index)
+    except _CalledWith as called:
+        return called.inputs
+    raise UserError("the loss does not call the model it is given", OTHERWISE)
 
 
 class _Sendable(nn.Module):
@@ -290,59 +399,3 @@ class _Sendable(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.stage(inputs).to(self.dtype).contiguous()
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state by parameter name, so that it does not depend on which process held which parameter.
-
-    `{"state": {name: {...}}, "param_groups": [{"params": [names], "lr": ..., ...}]}`, the form that
-    `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` reads too. (Its counterpart that writes takes a
-    step of learning rate 0 with an optimizer that has none behind it; this one changes nothing.)
-
-    Raises:
-        ValueError: when the optimizer has parameters that are not the module's.
-    """
-    saved, groups = optimizer.state_dict(), _group_names(module, optimizer)
-    names = list(chain.from_iterable(groups))
-    return {
-        "state": {names[index]: values for index, values in saved["state"].items()},
-        "param_groups": [{**group, "params": params} for group, params in zip(saved["param_groups"], groups, strict=True)],
-    }
-
-
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Continue from an `optimizer_state` that covers at least the optimizer's parameters, in whatever groups.
-
-    As everywhere in torch, tensors of `saved` that fit become the optimizer's own: do not load one twice.
-
-    Raises:
-        KeyError: naming the parameters that `saved` lacks.
-        ValueError: when parameters of one group were saved with different settings.
-    """
-    groups = _group_names(module, optimizer)
-    settings = {
-        name: {key: value for key, value in group.items() if key != "params"}
-        for group in saved["param_groups"]
-        for name in group["params"]
-    }
-    position = {name: index for index, name in enumerate(chain.from_iterable(groups))}
-    if missing := [name for name in position if name not in settings]:
-        raise KeyError(f"the saved optimizer state lacks {', '.join(missing)}")
-    for first, *others in groups:
-        for name in others:
-            if settings[name] != settings[first]:
-                raise ValueError(f"{first} and {name} share a group but were saved as {settings[first]} and {settings[name]}")
-    optimizer.load_state_dict(
-        {
-            "state": {position[name]: values for name, values in saved["state"].items() if name in position},
-            "param_groups": [{**settings[group[0]], "params": [position[name] for name in group]} for group in groups],
-        }
-    )
-
-
-def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
-    if not names.keys() >= set(chain.from_iterable(parameters)):
-        raise ValueError("the optimizer has parameters that are not the module's: build it from the stage's parameters")
-    return [[names[parameter] for parameter in group] for group in parameters]

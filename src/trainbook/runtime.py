@@ -18,7 +18,7 @@ from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
-PROCESSES, SHARD, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_SHARD", "TRAINBOOK_WORKERS"
+PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRAINBOOK_WORKERS"
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
 # The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
@@ -29,7 +29,7 @@ SETTINGS = {
     "time_budget": TIME_BUDGET,
     "log_level": LOG_LEVEL,
     "processes": PROCESSES,
-    "shard": SHARD,
+    "parallel": PARALLEL,
     "workers": WORKERS,
     "checkpoint_every": CHECKPOINT_EVERY,
     "keep": KEEP,
@@ -40,6 +40,8 @@ SETTINGS = {
 }
 ERROR_LOG = "errors.log"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+# How several processes share a model, and what of its weights each has then.
+PARALLEL_KINDS = {"copies": "a copy", "slices": "a slice of every tensor", "pipeline": "a stage"}
 
 KAGGLE_BUDGET_SECONDS = 11 * 3600  # a Kaggle session is cut at 12 h and a cut session's files may be lost
 KAGGLE_INPUTS = Path("/kaggle/input")
@@ -58,7 +60,8 @@ class Runtime:
         deadline: `time.monotonic()` value at which training stops and saves, or None.
         price_per_hour: what the machine costs, in the currency of whoever set it, or None.
         processes: how many train together on this machine, each on its own GPU where there are several.
-        sharded: each keeps a slice of every parameter instead of a copy.
+        parallel: what each keeps of the weights: "copies" all of them (DDP), "slices" a slice of every parameter (FSDP2),
+            "pipeline" some of the blocks of a sequence.
         workers: processes that read a data set too large for the device.
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
@@ -76,7 +79,7 @@ class Runtime:
     price_per_hour: float | None = None
     log_level: str = "INFO"
     processes: int = 1
-    sharded: bool = False
+    parallel: str = "copies"
     workers: int = 0
     checkpoint_seconds: float = 60.0
     keep: int = 2
@@ -89,7 +92,7 @@ class Runtime:
         left = "none" if self.deadline is None else f"{(self.deadline - time.monotonic()) / 3600:.2f} h"
         chosen = {"platform": self.platform, "device": self.device, "dtype": self.dtype, "time budget": left}
         if self.processes > 1:
-            chosen["processes"] = f"{self.processes}, each with {'a slice' if self.sharded else 'a copy'} of the weights"
+            chosen["processes"] = f"{self.processes}, each with {PARALLEL_KINDS[self.parallel]} of the weights"
         folders = [
             ["runs", str(self.runs_folder), f"${RUNS} or ./runs"],
             ["data", str(self.data_folder), f"${DATA} or the user's cache"],
@@ -120,6 +123,9 @@ def detect() -> Runtime:
     level = os.environ.get(LOG_LEVEL, "INFO").upper()
     if level not in LOG_LEVELS:
         raise UserError(f"{LOG_LEVEL}={level} is not a log level", f"choose one of: {', '.join(LOG_LEVELS)}")
+    parallel = os.environ.get(PARALLEL) or "copies"
+    if parallel not in PARALLEL_KINDS:
+        raise UserError(f"{PARALLEL}={parallel} is no way to train in parallel", f"choose one of: {', '.join(PARALLEL_KINDS)}")
     return Runtime(
         platform=where,
         device=device,
@@ -130,7 +136,7 @@ def detect() -> Runtime:
         price_per_hour=_price(),
         log_level=level,
         processes=processes,
-        sharded=os.environ.get(SHARD, "") in ("1", "true", "True"),
+        parallel=parallel,
         workers=_whole_number(WORKERS, 0, least=0),
         checkpoint_seconds=_checkpoint_seconds(),
         keep=_whole_number(KEEP, 2, least=1),

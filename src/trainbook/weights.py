@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainbook import distributed
 from trainbook.errors import UserError
 from trainbook.files import file_sha256
 
@@ -61,5 +62,5 @@ def load_weights(modules: dict[str, nn.Module], source: str, runs_folder: Path) 
                 "use the config that the weights were trained with",
             )
     for name, tensors in loaded.items():
-        modules[name].load_state_dict(tensors)
+        modules[name].load_state_dict(distributed.sliced_like(tensors, modules[name].state_dict()))
     return {name: file_sha256(path) for name, path in found.items()}

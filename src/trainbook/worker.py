@@ -23,7 +23,7 @@ def main(workflow: str, path: str, checkpoint_seconds: str, progress: str) -> No
     """Train the run of a folder with the other processes of this group; the first writes how it ended."""
     folder = RunFolder(Path(path))
     saved = read_json(folder.config)
-    with distributed.joined(detect().sharded):
+    with distributed.joined(detect().parallel):
         try:
             module = importlib.import_module(workflow)
             run = prepare(module, saved["preset"], saved["config"], authentic=saved["authentic"], folder=folder)
@@ -49,7 +49,7 @@ def train_in_group(name: str, preset: str, overrides: dict[str, Any], run_id: st
     The runs folder of the first process holds the run; the others need none. Returns an exit code, or None for the first
     process of a run that is trained to its end and wants evaluating; and the run id.
     """
-    with distributed.joined(detect().sharded):
+    with distributed.joined(detect().parallel):
         chosen = distributed.bytes_from_first((run_id or new_run_id(name, preset)).encode()).decode()
         run = prepare(name, preset, overrides, chosen, authentic)
         run.load_data()
