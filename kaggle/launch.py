@@ -76,14 +76,14 @@ class Client:
         self._python = python
         self._process: subprocess.Popen[str] | None = None
 
-    def call(self, name: str, seconds: float = 300, **arguments: Any) -> Any:
+    def call(self, name: str, within: float = 300, **arguments: Any) -> Any:
         """What one of `client.CALLS` returns.
 
         Raises:
             Busy: when it may work later.
             UserError: when Kaggle refuses, or does not know who asks.
         """
-        timer = threading.Timer(seconds, self.stop)  # the client itself waits for ever
+        timer = threading.Timer(within, self.stop)  # the client itself waits for ever
         timer.start()
         try:
             events = self.events(name, **arguments)
@@ -228,6 +228,11 @@ def insist_on_continuing(notebook: Path, run_id: str) -> None:
     notebook.write_text(json.dumps(content))
 
 
+def starts(summary: dict[str, Any]) -> list[str]:
+    """When the segments of a run began: a session's own one is not among those from before it."""
+    return [segment["started"] for segment in summary["segments"]]
+
+
 @dataclass
 class Session:
     """One notebook on Kaggle that trains one part of the run.
@@ -238,6 +243,7 @@ class Session:
         seconds: after which Kaggle ends it.
         status: how it ended.
         continues: the name of the notebook or data set whose files it goes on from.
+        is_here: whether the run folder here is what it left.
     """
 
     number: int
@@ -245,6 +251,7 @@ class Session:
     seconds: float = SESSION_SECONDS
     status: str = ""
     continues: str = ""
+    is_here: bool = False
 
 
 @dataclass
@@ -324,7 +331,7 @@ class Launch:
         step = progress_of(self.folder)[1]
         session = Session(last.number + 1 if last else 1, 0, min(SESSION_SECONDS, budget + AFTER_TRAINING_SECONDS))
         sources = {"dataset": list(self.datasets), "competition": self.competitions}
-        if step >= 0 and last is not None and last.status == "COMPLETE" and self.kernels_can_be_attached:
+        if step >= 0 and last is not None and last.is_here and last.status == "COMPLETE" and self.kernels_can_be_attached:
             session.continues = self.name(last.number)
             sources["kernel"] = [session.continues]
         elif step >= 0:
@@ -411,11 +418,10 @@ class Launch:
 
     def _finish(self, session: Session, started_here: bool) -> int | None:
         """Wait for a session and pull its files; returns the exit code, or None when another session shall follow."""
-        before = len(self.folder.summary()["segments"]) if self.folder.run_json.is_file() else 0
-        message = self._wait(session, before if started_here else None)
+        known = starts(self.folder.summary()) if self.folder.run_json.is_file() else []
+        message = self._wait(session, known if started_here else None)
         found = self._pull(session)
-        new = found is not None and (not started_here or len(found["segments"]) > before)
-        if not new:
+        if found is None or (started_here and starts(found)[-1] in known):
             return self._without_result(session, message, started_here)
         if found["status"] == "stopped" and session.status == "COMPLETE":
             segment = found["segments"][-1]
@@ -443,7 +449,7 @@ class Launch:
         print("\n".join(filter(None, [what, message, f"its log: {self.address(session)}"])), file=sys.stderr)
         return EXIT_CODES["failed"]
 
-    def _wait(self, session: Session, segments: int | None) -> str:
+    def _wait(self, session: Session, known: list[str] | None) -> str:
         """Follow a session until it has ended; returns the server's message.
 
         A session that was just pushed may be said to have ended already: that is an older version's state. It counts
@@ -451,15 +457,15 @@ class Launch:
 
         Args:
             session: its `status` is set.
-            segments: how many segments run.json had before; None for a session that may have ended long ago.
+            known: when the segments of the run began that are here already; None for a session that may have ended long ago.
         """
         kernel, log = self.name(session.number), Log(self)
-        shown, at_work, began = "", segments is None, None
+        shown, at_work, began = "", known is None, None
         silent = doubted = 0
         try:
             while True:
                 try:
-                    answer = self.client.call("status", seconds=60, kernel=kernel, version=session.version)
+                    answer = self.client.call("status", within=60, kernel=kernel, version=session.version)
                     silent = 0
                 except Busy as error:
                     silent += 1
@@ -475,7 +481,7 @@ class Launch:
                         log.follow(kernel)
                     if began and time.monotonic() - began > session.seconds + AFTER_TRAINING_SECONDS:
                         raise Unfinished("the session runs longer than it was given")
-                elif at_work or self._has_result(session, segments) or doubted >= PATIENCE:
+                elif at_work or self._has_result(session, known) or doubted >= PATIENCE:
                     session.status = state
                     log.finish(kernel)
                     return answer["message"]
@@ -489,13 +495,13 @@ class Launch:
         finally:
             log.stop()
 
-    def _has_result(self, session: Session, segments: int) -> bool:
+    def _has_result(self, session: Session, known: list[str]) -> bool:
         """Whether the session's run.json is there and is not one from before."""
         name = f"runs/{self.spec.run_id}/run.json"
         with tempfile.TemporaryDirectory() as folder, suppress(Busy, UserError):
             self.client.call("pull", **self._pulled_from(session), folder=folder, prefix=name)
             summary = RunFolder(Path(folder) / "runs" / self.spec.run_id).summary()
-            return summary.get("run_id") == self.spec.run_id and len(summary.get("segments", [])) > segments
+            return summary.get("run_id") == self.spec.run_id and starts(summary)[-1] not in known
         return False
 
     def _pulled_from(self, session: Session) -> dict[str, Any]:
@@ -513,14 +519,14 @@ class Launch:
                 **self._pulled_from(session),
                 folder=str(partial.absolute()),
                 prefix=f"runs/{self.spec.run_id}/",
-                seconds=6 * 3600,
+                within=6 * 3600,
             )
             pulled = RunFolder(partial / "runs" / self.spec.run_id)
             if not pulled.run_json.is_file():
                 return None
             (pulled.path / "lock").unlink(missing_ok=True)
             summary = read_pulled(pulled, self.spec)
-            keep_pulled(pulled.path, self.folder.path)
+            session.is_here = keep_pulled(pulled.path, self.folder.path)
             return summary
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -550,14 +556,15 @@ class Launch:
             if self.client.patiently("dataset_status", self.poll, name=name):
                 break
             print(f"uploading {what} as the private data set {name}", flush=True)
-            with tempfile.TemporaryDirectory(dir=self.out.parent if self.out.parent.is_dir() else None) as folder:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.out, prefix=".upload-") as folder:
                 write_json(
                     Path(folder) / "dataset-metadata.json",
                     {"id": name, "title": slug, "licenses": [{"name": "other"}]},
                 )
                 fill(Path(folder))
                 try:
-                    said = self.client.call("dataset", folder=folder, seconds=6 * 3600)
+                    said = self.client.call("dataset", folder=folder, within=6 * 3600)
                 except Busy as error:
                     said = str(error)
             if not said:

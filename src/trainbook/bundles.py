@@ -53,7 +53,7 @@ import trainbook
 """
 
 
-class NotebookTooLarge(UserError):
+class NotebookTooLarge(UserError):  # noqa: N818  (the state of the notebook)
     """A notebook that the platform would refuse; on Kaggle the kit can travel beside it, in a private data set."""
 
 
