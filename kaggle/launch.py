@@ -29,8 +29,8 @@ except ImportError:
 from trainbook.errors import UserError
 from trainbook.files import write_json
 from trainbook.handover import copy_run
-from trainbook.launching import add_spec_options, keep_pulled, progress_of, read_pulled, spec_from_options
-from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
+from trainbook.launching import add_run_options, exit_code, keep_pulled, progress_of, read_pulled, spec_of
+from trainbook.records import EXIT_CODES, RunFolder
 from trainbook.runtime import KAGGLE_BUDGET_SECONDS, parse_duration
 from trainbook.spec import RunSpec
 
@@ -300,7 +300,7 @@ class Launch:
         self.owner = self.client.patiently("account", self.poll)["user"]
         session = self._newest_session()
         if session is not None:
-            print(f"found session {session.number} of {self.spec.run_id}: {self.address(session)}", flush=True)
+            print(f"found session {session.number} of {self.spec.run_id}: {self.address(session)}")
             if not wait:
                 return EXIT_CODES["running"]
             if (code := self._finish(session, started_here=False)) is not None:
@@ -342,7 +342,7 @@ class Launch:
             spec = spec.model_copy(update={"time_budget": f"{budget:.0f}s"})
         self._push(session, spec, sources)
         where = f" from step {step}" if step >= 0 else ""
-        print(f"session {session.number}, version {session.version}{where}: {self.address(session)}", flush=True)
+        print(f"session {session.number}, version {session.version}{where}: {self.address(session)}")
         return session
 
     def _session_budget(self) -> float:
@@ -350,13 +350,12 @@ class Launch:
         budget = min(parse_duration(self.spec.time_budget or str(KAGGLE_BUDGET_SECONDS)), KAGGLE_BUDGET_SECONDS)
         quota = self.client.patiently("account", self.poll)["quota"]
         if quota is None:
-            print("Kaggle does not say what is left of the weekly quota", flush=True)
+            print("Kaggle does not say what is left of the weekly quota")
             return budget
         left = quota["total_seconds"] - quota["used_seconds"]
         print(
             f"GPU quota of {self.owner}: {left / 3600:.1f} h left of {quota['total_seconds'] / 3600:.0f} h a week, "
             f"renewed {quota['refresh'] or 'weekly'}; this session trains for {budget / 3600:.2g} h at most",
-            flush=True,
         )
         if self.spec.accelerator == "cpu" or left >= budget + QUOTA_MARGIN_SECONDS:
             return budget
@@ -365,7 +364,7 @@ class Launch:
                 f"the weekly GPU quota is used up until {quota['refresh'] or 'it is renewed'}",
                 f"give the same command with --run-id {self.spec.run_id} then, or add --accelerator cpu",
             )
-        print(f"it is cut to {(left - QUOTA_MARGIN_SECONDS) / 3600:.1f} h by the quota", flush=True)
+        print(f"it is cut to {(left - QUOTA_MARGIN_SECONDS) / 3600:.1f} h by the quota")
         return left - QUOTA_MARGIN_SECONDS
 
     def _push(self, session: Session, spec: RunSpec, sources: dict[str, list[str]]) -> None:
@@ -383,7 +382,7 @@ class Launch:
             except bundles.NotebookTooLarge:
                 too_large = True
             if too_large:
-                print("the notebook is too large for Kaggle: the kit goes into a private data set", flush=True)
+                print("the notebook is too large for Kaggle: the kit goes into a private data set")
                 sources = sources | {"dataset": [*sources["dataset"], self._upload_kit(spec)]}
                 write_folder(Path(folder), kernel, spec, self.internet, sources, carry_kit=False)
                 answer = self._push_once(kernel, folder, session, spec)
@@ -397,7 +396,7 @@ class Launch:
                 "stop that session on its page, and check the names",
             )
         if refused:
-            print(f"Kaggle could not attach {session.continues}", flush=True)
+            print(f"Kaggle could not attach {session.continues}")
 
     def _push_once(self, kernel: str, folder: str, session: Session, spec: RunSpec) -> dict[str, Any]:
         """Push, and after a broken connection look whether it arrived before it is pushed again: each push is a session."""
@@ -427,7 +426,7 @@ class Launch:
             segment = found["segments"][-1]
             if segment["last_step"] > segment["first_step"]:
                 steps = f"step {found['step']} of {found['total_steps']}"
-                print(f"session {session.number} ended at {steps}: {found['why']}", flush=True)
+                print(f"session {session.number} ended at {steps}: {found['why']}")
                 return None
             print("the session trained nothing: give it a longer --time-budget", file=sys.stderr)
         elif message:
@@ -440,10 +439,10 @@ class Launch:
         """What to do after a session that brought nothing: go on in another way, or give up."""
         if started_here and session.continues == self.name(session.number - 1) and self.kernels_can_be_attached:
             self.kernels_can_be_attached = False
-            print("the session could not use the earlier one's files; they go into a private data set now", flush=True)
+            print("the session could not use the earlier one's files; they go into a private data set now")
             return None
         if not started_here:
-            print(f"session {session.number} ended with {session.status} and brought nothing; another one starts", flush=True)
+            print(f"session {session.number} ended with {session.status} and brought nothing; another one starts")
             return None
         what = f"session {session.number} ended with {session.status} and wrote no run.json"
         print("\n".join(filter(None, [what, message, f"its log: {self.address(session)}"])), file=sys.stderr)
@@ -489,7 +488,7 @@ class Launch:
                     doubted += 1
                     state = f"{state} before it began: an older session's; waiting"
                 if state != shown:
-                    print(f"[{time.strftime('%H:%M:%S')}] {state.lower()}", flush=True)
+                    print(f"[{time.strftime('%H:%M:%S')}] {state.lower()}")
                     shown = state
                 time.sleep(self.poll)
         finally:
@@ -555,7 +554,7 @@ class Launch:
         for _ in range(PUSH_ATTEMPTS):
             if self.client.patiently("dataset_status", self.poll, name=name):
                 break
-            print(f"uploading {what} as the private data set {name}", flush=True)
+            print(f"uploading {what} as the private data set {name}")
             self.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.out, prefix=".upload-") as folder:
                 write_json(
@@ -638,10 +637,19 @@ class Log:
 
 def main(arguments: list[str] | None = None) -> int:
     """Launch what the command line says and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return exit_code(lambda: command(sys.argv[1:] if arguments is None else arguments))
+
+
+def command(arguments: list[str]) -> int:
+    """`main` without what becomes of a mistake.
+
+    Raises:
+        UserError: for a mistake, before anything is pushed.
+    """
     parser = argparse.ArgumentParser(prog="kaggle/launch.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_spec_options(parser, arguments, without=("max_price_per_hour", "budget"))
+    add_run_options(parser, arguments, leave_out=("max_price_per_hour", "budget"))
     kaggle = parser.add_argument_group("Kaggle")
+    kaggle.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="wait for the end of the run")
     kaggle.add_argument("--internet", action="store_true", help="let the session use it (needs a verified telephone number)")
     kaggle.add_argument("--attach", action="append", default=[], metavar="OWNER/DATASET", help="a data set, under /kaggle/input")
     kaggle.add_argument("--attach-competition", action="append", default=[], metavar="NAME", help="a competition's data")
@@ -649,25 +657,19 @@ def main(arguments: list[str] | None = None) -> int:
     kaggle.add_argument("--write", type=Path, metavar="DIR", help="only write the folder for `kaggle kernels push -p DIR`")
     kaggle.add_argument("--poll", type=float, default=POLL_SECONDS, help="seconds between two questions to Kaggle (default 20)")
     options = parser.parse_args(arguments)
+    spec = spec_of(options)
+    if spec.accelerator not in MACHINES:
+        raise UserError(f"Kaggle has no accelerator {spec.accelerator!r} for everyone", "choose T4 (there are two) or cpu")
+    if options.write:
+        sources = {"dataset": options.attach, "competition": options.attach_competition}
+        write_folder(options.write, f"OWNER/{slug_of(spec.run_id)}-s01", spec, options.internet, sources)
+        print(f"{options.write}: put your user name for OWNER into kernel-metadata.json, then push it")
+        return 0
+    client = Client(client_python())
+    launch = Launch(spec, options.out, client, options.internet, options.attach, options.attach_competition, options.poll)
+    print(f"run {spec.run_id}")
     try:
-        spec = spec_from_options(options)
-        if spec.accelerator not in MACHINES:
-            raise UserError(f"Kaggle has no accelerator {spec.accelerator!r} for everyone", "choose T4 (there are two) or cpu")
-        if options.write:
-            sources = {"dataset": options.attach, "competition": options.attach_competition}
-            write_folder(options.write, f"OWNER/{slug_of(spec.run_id)}-s01", spec, options.internet, sources)
-            print(f"{options.write}: put your user name for OWNER into kernel-metadata.json, then push it")
-            return 0
-        client = Client(client_python())
-        try:
-            launch = Launch(spec, options.out, client, options.internet, options.attach, options.attach_competition, options.poll)
-            print(f"run {spec.run_id}", flush=True)
-            return launch.run(options.max_sessions, options.wait)
-        finally:
-            client.stop()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+        return launch.run(options.max_sessions, options.wait)
     except (Busy, Unfinished, KeyboardInterrupt) as error:
         print(
             f"\n{error or 'interrupted'}\n  -> a session that was started goes on at kaggle.com, where it can be stopped too; "
@@ -675,6 +677,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_CODES["running"]
+    finally:
+        client.stop()
 
 
 if __name__ == "__main__":

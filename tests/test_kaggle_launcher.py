@@ -1,6 +1,7 @@
 """The Kaggle launcher: mistakes are found before anything is spent; the real client, against a Kaggle on this machine."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -32,8 +33,8 @@ kaggle_launcher = sys.modules[loader.name] = importlib.util.module_from_spec(loa
 loader.loader.exec_module(kaggle_launcher)
 
 SPEC = RunSpec(workflow="timestep_dbn", preset="smoke", run_id="mine")
-# Trains for some seconds, so that a time budget can end in the middle.
-OVERRIDES = SMALL_DBN | {"autoencoder_epochs": 60, "epochs_per_timestep": 40, "baseline_epochs": 60}
+# Trains longer than a session takes to begin training, so that a time budget can end in the middle.
+OVERRIDES = SMALL_DBN | {"autoencoder_epochs": 200, "epochs_per_timestep": 120, "baseline_epochs": 150}
 
 
 def as_options(overrides):
@@ -56,13 +57,13 @@ def no_client(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "launch what?"),
+        ([], "run what?"),
         (["timestep_dbn", "--timesteps", "0"], "timesteps = '0'"),
         (["timestep_dbn", "--preset", "huge"], "huge"),
         (["timestep_dbn", "--run-id", "../out"], "cannot name a run folder"),
         (["timestep_dbn", "--time-budget", "soon"], "is not a duration"),
         (["timestep_dbn", "--accelerator", "H100"], "choose T4"),
-        (["timestep_dbn", "--spec", "run.toml"], "give one of the two"),
+        (["timestep_dbn", "--spec", "run.toml"], "run.toml cannot be read"),
         (["--spec", "missing.toml"], "missing.toml cannot be read"),
         (["timestep_dbn"], "the Kaggle client is not installed"),
     ],
@@ -445,25 +446,24 @@ def half(one_session):
 
 @pytest.mark.platforms
 @pytest.mark.parametrize(
-    ("layout", "faults", "sessions", "datasets"),
+    ("layout", "faults", "in_vain", "datasets"),
     [
-        ("new", {}, 2, 0),
-        ("old", {}, 2, 0),
-        ("new", {"kernel source refused": 9}, 3, 1),
-        ("old", {"kernel source empty": 9}, 3, 1),
+        ("new", {}, 0, 0),
+        ("new", {"kernel source refused": 9}, 1, 1),
+        ("old", {"kernel source empty": 9}, 1, 1),
     ],
 )
 def test_a_run_that_outlasts_a_session_goes_on_in_the_next_bit_for_bit(
-    layout, faults, sessions, datasets, half, desk, uninterrupted
+    layout, faults, in_vain, datasets, half, desk, uninterrupted
 ):
     desk = desk(layout=layout, faults=faults)
     assert desk.launch(*as_options(OVERRIDES), "--time-budget", half)[0] == 0
     segments = desk.run.summary()["segments"]
     assert len(segments) >= 2
-    assert len(desk.sessions) >= sessions
-    assert len(desk.sessions) - len(segments) == sessions - 2  # those that did not find the earlier part end at once
-    assert segments[1]["first_step"] == segments[0]["last_step"] > 1
-    assert len(desk.kaggle.datasets) >= datasets
+    assert len(desk.sessions) == len(segments) + in_vain  # one that did not find the earlier part ended at once
+    for one, next_one in itertools.pairwise(segments):
+        assert next_one["first_step"] == one["last_step"] > 0
+    assert (len(desk.kaggle.datasets) > 0) == (datasets > 0)
     assert all(dataset["request"]["isPrivate"] for dataset in desk.kaggle.datasets.values())
     assert_same_run(desk.run, uninterrupted)
 
