@@ -111,10 +111,10 @@ def dataset(api: Any, folder: str) -> str:
     return made.error or ""
 
 
-def dataset_status(api: Any, name: str) -> str:
+def dataset_status(api: Any, ref: str) -> str:
     """The state of a data set, ready when it can be attached; "" when there is none."""
     try:
-        return api.dataset_status(name)
+        return api.dataset_status(ref)
     except requests.HTTPError as error:
         if error.response.status_code in (403, 404):
             return ""

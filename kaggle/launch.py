@@ -552,7 +552,7 @@ class Launch:
         """A private data set of this name, made where there is none, once Kaggle has it ready."""
         name = f"{self.owner}/{slug}"
         for _ in range(PUSH_ATTEMPTS):
-            if self.client.patiently("dataset_status", self.poll, name=name):
+            if self.client.patiently("dataset_status", self.poll, ref=name):
                 break
             print(f"uploading {what} as the private data set {name}")
             self.out.mkdir(parents=True, exist_ok=True)
@@ -572,7 +572,7 @@ class Launch:
         else:
             raise UserError(f"the private data set {name} could not be made: {said}", "try again later")
         for _ in range(20 * PATIENCE):
-            state = self.client.patiently("dataset_status", self.poll, name=name)
+            state = self.client.patiently("dataset_status", self.poll, ref=name)
             if state == "ready":
                 return name
             if state == "failed":
