@@ -142,6 +142,9 @@ class Client:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with suppress(OSError):  # what was never sent
+                    pipe.close()
 
 
 def client_python() -> Path:
@@ -244,6 +247,7 @@ class Session:
         status: how it ended.
         continues: the name of the notebook or data set whose files it goes on from.
         is_here: whether the run folder here is what it left.
+        was_seen_at_work: False for one that had ended before this launcher came.
     """
 
     number: int
@@ -252,6 +256,7 @@ class Session:
     status: str = ""
     continues: str = ""
     is_here: bool = False
+    was_seen_at_work: bool = False
 
 
 @dataclass
@@ -388,7 +393,7 @@ class Launch:
                 answer = self._push_once(kernel, folder, session, spec)
         if answer["error"]:
             raise UserError(f"Kaggle refused the notebook: {answer['error']}", f"it can be tried again: --run-id {spec.run_id}")
-        session.version = answer["version"]
+        session.version, session.was_seen_at_work = answer["version"], True
         refused = [name for names in answer["invalid"].values() for name in names]
         if set(refused) - {session.continues}:
             raise UserError(
@@ -421,7 +426,7 @@ class Launch:
         message = self._wait(session, known if started_here else None)
         found = self._pull(session)
         if found is None or (started_here and starts(found)[-1] in known):
-            return self._without_result(session, message, started_here)
+            return self._without_result(session, message)
         if found["status"] == "stopped" and session.status == "COMPLETE":
             segment = found["segments"][-1]
             if segment["last_step"] > segment["first_step"]:
@@ -431,17 +436,17 @@ class Launch:
             print("the session trained nothing: give it a longer --time-budget", file=sys.stderr)
         elif message:
             print(f"session {session.number} ended with {session.status}: {message}", file=sys.stderr)
-        if not started_here and found["status"] in ("stopped", "running"):
-            return None  # the person asks to go on after a session that was cut off or cancelled
+        if not session.was_seen_at_work and found["status"] != "complete":
+            return None  # it was over before this launcher came: the person wants another
         return self._say_end()
 
-    def _without_result(self, session: Session, message: str, started_here: bool) -> int | None:
+    def _without_result(self, session: Session, message: str) -> int | None:
         """What to do after a session that brought nothing: go on in another way, or give up."""
-        if started_here and session.continues == self.name(session.number - 1) and self.kernels_can_be_attached:
+        if session.continues == self.name(session.number - 1) and self.kernels_can_be_attached:
             self.kernels_can_be_attached = False
             print("the session could not use the earlier one's files; they go into a private data set now")
             return None
-        if not started_here:
+        if not session.was_seen_at_work:
             print(f"session {session.number} ended with {session.status} and brought nothing; another one starts")
             return None
         what = f"session {session.number} ended with {session.status} and wrote no run.json"
@@ -474,7 +479,7 @@ class Launch:
                     continue
                 state = answer["status"]
                 if state in ACTIVE:
-                    at_work = True
+                    at_work = session.was_seen_at_work = True
                     if state == "RUNNING":
                         began = began or time.monotonic()
                         log.follow(kernel)

@@ -275,6 +275,29 @@ def test_a_push_whose_answer_was_lost_is_not_pushed_again(tmp_path):
     assert launch.client.calls.count("push") == 1
 
 
+@pytest.mark.parametrize("status", ["failed", "stopped", "running"])
+def test_the_same_command_starts_another_session_after_one_that_had_ended(status, tmp_path):
+    launch = launch_of(
+        tmp_path,
+        account=[quota(20)],
+        version=[1, 0],
+        push=[ACCEPTED | {"version": 2}],
+        status=states("ERROR", "RUNNING", "COMPLETE"),
+        pull=leaves({"status": status}, {"status": "complete", "segments": [("a", 0, 5), ("b", 5, 9)]}),
+    )
+    assert launch.run(3, wait=True) == 0
+    assert launch.client.calls.count("push") == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("running", 3), ("complete", 0)])
+def test_a_session_that_was_still_at_work_is_followed_to_its_end_and_judged(status, code, tmp_path):
+    launch = launch_of(
+        tmp_path, account=[quota(20)], version=[1, 0], status=states("RUNNING", "ERROR"), pull=leaves({"status": status})
+    )
+    assert launch.run(3, wait=True) == code
+    assert "push" not in launch.client.calls
+
+
 def test_a_complete_run_is_not_launched_again(tmp_path, capsys):
     launch = launch_of(tmp_path)
     run_folder(launch.folder.path, status="complete")

@@ -281,6 +281,7 @@ class FakeKaggle:
             session.events.append({"stream_name": "stderr", "time": time.monotonic() - began, "data": line})
             if "step/s" in line and "| 0/" not in line and self.takes("session killed"):
                 os.killpg(session.process.pid, signal.SIGKILL)
+        session.process.stdout.close()
         code = session.process.wait()
         killer.cancel()
         session.message = "" if code == 0 else "Your notebook hit an exception while running." if code == 1 else "Notebook killed"
