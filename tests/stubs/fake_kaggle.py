@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -90,8 +91,7 @@ class FakeKaggle:
             pass
 
         Handler.kaggle = kaggle
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
@@ -286,6 +286,14 @@ class FakeKaggle:
         killer.cancel()
         session.message = "" if code == 0 else "Your notebook hit an exception while running." if code == 1 else "Notebook killed"
         session.status = "COMPLETE" if code == 0 else "ERROR"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was stopped
+            super().handle_error(request, address)
 
 
 class _Handler(BaseHTTPRequestHandler):
