@@ -31,7 +31,7 @@ ROWS = [
     {"workflows"},
     {"catalog"},
     {"report", "execution", "processes", "spec"},
-    {"run", "doctor", "bundles"},
+    {"run", "doctor", "bundles", "launching"},
     {"verification", "worker"},
     {"__main__"},
 ]

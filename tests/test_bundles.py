@@ -21,7 +21,7 @@ from tests import platform_images
 from tests.driving import Drive, assert_same_run
 from trainbook import bundles, catalog, records
 from trainbook.__main__ import main
-from trainbook.bootstrap import unpack
+from trainbook.bootstrap import find_wheel, unpack, unpack_wheel
 from trainbook.errors import UserError
 from trainbook.records import RunFolder
 from trainbook.spec import RunSpec
@@ -193,6 +193,28 @@ def test_another_kit_in_use_is_said(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another trainbook is in use" in done.stderr
     assert "restart the kernel" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["some-files", "datasets/someone/some-files"])
+def test_a_kit_in_an_attached_data_set_is_found_by_its_digest(layout, tmp_path):
+    (tmp_path / "inputs" / "other").mkdir(parents=True)
+    (tmp_path / "inputs" / "other" / bundles.WHEEL_NAME).write_bytes(b"an older kit")
+    _, digest = embedded_kit()
+    with pytest.raises(FileNotFoundError, match="add it as an input"):
+        find_wheel(bundles.WHEEL_NAME, digest, tmp_path / "inputs")
+    wheel = bundles.build_wheel(tmp_path / "inputs" / layout)
+    found = find_wheel(bundles.WHEEL_NAME, digest, tmp_path / "inputs")
+    assert found == wheel.read_bytes()
+    assert unpack_wheel(found, digest, tmp_path) == unpack(*embedded_kit(), tmp_path)
+
+
+def test_a_notebook_without_the_kit_is_small_and_names_the_wheel_it_needs():
+    notebook = bundles.build_notebook("kaggle", SPEC, carry_kit=False)
+    assert len(notebook) < 100_000 < len(bundles.build_notebook("kaggle", SPEC))
+    first = next(cell.source for cell in read(notebook).cells if "bootstrap" in cell.metadata.get("tags", []))
+    assert bundles.WHEEL_NAME in first
+    assert hashlib.sha256(bundles.wheel()).hexdigest() in first
+    assert "time_budget='5h'" in first
 
 
 # Notebooks and boxes

@@ -30,6 +30,29 @@ def unpack(text: str, sha256: str, parent: Path | None = None) -> Path:
         wheel = bz2.decompress(base64.b64decode("".join(text.split()), validate=True))
     except (ValueError, OSError, EOFError):
         wheel = b""
+    return unpack_wheel(wheel, sha256, parent)
+
+
+def find_wheel(name: str, sha256: str, inputs: Path) -> bytes:
+    """The wheel in a data set that is attached to the notebook, for a kit too large to travel in it.
+
+    Args:
+        name: of the file.
+        sha256: of the wheel.
+        inputs: folder of the attached data sets, each directly below it or as datasets/OWNER/NAME.
+
+    Raises:
+        FileNotFoundError: when no attached data set has that very file.
+    """
+    for path in (*inputs.glob(f"*/{name}"), *inputs.glob(f"datasets/*/*/{name}")):
+        wheel = path.read_bytes()
+        if hashlib.sha256(wheel).hexdigest() == sha256:
+            return wheel
+    raise FileNotFoundError(f"no data set with {name} of this very notebook is attached: add it as an input")
+
+
+def unpack_wheel(wheel: bytes, sha256: str, parent: Path | None = None) -> Path:
+    """Unpack a wheel, once, and return the folder to import from; arguments and errors as `unpack` has them."""
     if hashlib.sha256(wheel).hexdigest() != sha256:
         raise ValueError("the kit in this notebook is damaged: download the notebook again, or build it with `trainbook bundle`")
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:

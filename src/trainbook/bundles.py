@@ -45,6 +45,16 @@ KIT = """
 import_kit(unpack(KIT, "{sha256}"){settings})
 import trainbook
 '''
+CELL_WITHOUT_KIT = """# @title The kit, trainbook {version}, from an attached data set: run this cell and go on
+{bootstrap}
+
+import_kit(unpack_wheel(find_wheel("{wheel}", "{sha256}", Path("/kaggle/input")), "{sha256}"){settings})
+import trainbook
+"""
+
+
+class NotebookTooLarge(UserError):  # noqa: N818  (the state of the notebook)
+    """A notebook that the platform would refuse; on Kaggle the kit can travel beside it, in a private data set."""
 
 
 def wheel(revision: str = "") -> bytes:
@@ -80,30 +90,37 @@ def build_wheel(out: Path, revision: str = "") -> Path:
     return out / WHEEL_NAME
 
 
-def build_notebook(platform: str, spec: RunSpec) -> bytes:
+def build_notebook(platform: str, spec: RunSpec, carry_kit: bool = True) -> bytes:
     """The workflow's notebook as one file that needs neither pip nor a network, for Kaggle or Colab.
 
     Args:
         platform: kaggle or colab.
         spec: its config goes into the notebook as papermill would put it there, its settings into the first cell.
+        carry_kit: False leaves the kit out; the first cell then takes the wheel from a data set attached on Kaggle.
 
     Raises:
-        UserError: for an unknown platform or accelerator, a notebook over 900 kB, or an authentic run of a changed kit.
+        NotebookTooLarge: over 900 kB.
+        UserError: for an unknown platform or accelerator, or an authentic run of a changed kit.
     """
     if platform not in ("kaggle", "colab"):
         raise UserError(f"there is no notebook for {platform!r}", "choose kaggle or colab; a box takes `build_box`")
     notebook = _notebook(spec)
-    content = wheel(check_unchanged() if spec.authentic else "")
+    content = kit_of(spec)
     text = base64.b64encode(bz2.compress(content)).decode()
     settings = "".join(f", {name}={value!r}" for name, value in spec.settings().items() if value)
     cell = notebook.cells[_tagged(notebook, "bootstrap")]
-    cell.source = CELL.format(
-        version=__version__,
-        bootstrap=Path(bootstrap.__file__).read_text().partition('"""\n\n')[2].strip(),
-        lines="\n".join(text[at : at + LINE_CHARACTERS] for at in range(0, len(text), LINE_CHARACTERS)),
-        sha256=hashlib.sha256(content).hexdigest(),
-        settings=settings,
-    ).rstrip()
+    cell.source = (
+        (CELL if carry_kit else CELL_WITHOUT_KIT)
+        .format(
+            wheel=WHEEL_NAME,
+            version=__version__,
+            bootstrap=Path(bootstrap.__file__).read_text().partition('"""\n\n')[2].strip(),
+            lines="\n".join(text[at : at + LINE_CHARACTERS] for at in range(0, len(text), LINE_CHARACTERS)),
+            sha256=hashlib.sha256(content).hexdigest(),
+            settings=settings,
+        )
+        .rstrip()
+    )
     # Folded away in JupyterLab, on Kaggle and in Colab.
     cell.metadata |= {"jupyter": {"source_hidden": True}, "_kg_hide-input": True, "cellView": "form"}
     notebook.metadata.pop("jupytext", None)  # there is no .py beside it to pair with
@@ -111,11 +128,20 @@ def build_notebook(platform: str, spec: RunSpec) -> bytes:
     nbformat.validate(notebook)
     written = (nbformat.writes(notebook) + "\n").encode()
     if len(written) > MAX_NOTEBOOK_BYTES:
-        raise UserError(
+        raise NotebookTooLarge(
             f"the notebook has {len(written) / 1000:.0f} kB; {platform} is given {MAX_NOTEBOOK_BYTES / 1000:.0f} kB at most",
             "make these smaller: " + ", ".join(f"{name} {size / 1000:.0f} kB" for name, size in _largest_parts(notebook)),
         )
     return written
+
+
+def kit_of(spec: RunSpec) -> bytes:
+    """The wheel that a run of this spec carries; that of an authentic run says which git revision it is.
+
+    Raises:
+        UserError: when an authentic run of a changed kit is asked for.
+    """
+    return wheel(check_unchanged() if spec.authentic else "")
 
 
 def build_box(spec: RunSpec, out: Path) -> Path:
