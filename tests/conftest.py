@@ -22,6 +22,7 @@ def own_folders(tmp_path, monkeypatch):
         runtime.PRICE,
         runtime.DATA,
         runtime.INPUTS,
+        runtime.MIRROR,
         runtime.CHECKPOINT_EVERY,
     ):
         monkeypatch.delenv(name, raising=False)

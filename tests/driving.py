@@ -6,13 +6,14 @@ import os
 import resource
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainbook import runtime
+from trainbook import mirror, runtime
 from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
 from trainbook.run import prepare
@@ -49,6 +50,8 @@ class Drive:
         workflow: a workflow's name, or the dotted path of a module that keeps the contract.
         signal_step: at this step (in this session's records) send `signal_number` to the process, `delay` seconds later.
         file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
+        mirror: a folder to copy the run to, looked after every few milliseconds.
+        pause: wait this long after each step.
     """
 
     runs: Path
@@ -61,6 +64,8 @@ class Drive:
     delay: float = 0.0
     file_limit: int = 0
     time_budget: str = ""
+    mirror: str = ""
+    pause: float = 0.0
 
     def __call__(self) -> int:
         """Start the child, wait for it, and return its exit code (negative: the signal that ended it)."""
@@ -78,12 +83,15 @@ def _session(drive: Drive) -> None:
     torch.set_num_threads(1)
     os.environ[runtime.TIME_BUDGET] = drive.time_budget
     os.environ[runtime.RUNS] = str(drive.runs)
+    os.environ[runtime.MIRROR] = drive.mirror
+    mirror.Mirror.__init__.__defaults__ = (0.005, 0.5)
     workflow = importlib.import_module(drive.workflow) if "." in drive.workflow else drive.workflow
     run = prepare(workflow, "smoke", drive.overrides, drive.run_id)
     run.load_data()
     run.build()
     run.workflow = _Disturbed(run.workflow, drive)
     run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
+    run.leave()
 
 
 class _Disturbed:
@@ -103,6 +111,7 @@ class _Disturbed:
                 else:
                     threading.Timer(self._drive.delay, os.kill, (os.getpid(), self._drive.signal_number)).start()
             yield record
+            time.sleep(self._drive.pause)
 
 
 def checkpoints(folder: RunFolder) -> list[Path]:

@@ -12,13 +12,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables"},
-    {"optimization", "checkpoints", "bootstrap"},
+    {"optimization", "checkpoints", "bootstrap", "colab"},
     {"state", "data", "records", "plots", "monitor", "layers", "optim"},
     {"engine", "handover"},
-    {"workflows"},
+    {"workflows", "mirror"},
     {"catalog"},
     {"report", "execution", "spec"},
-    {"run", "doctor", "bundles"},
+    {"run", "doctor", "bundles", "plan"},
     {"verification"},
     {"__main__"},
 ]

@@ -187,7 +187,7 @@ def _workflows() -> list[catalog.Workflow]:
 
 def _export(options: argparse.Namespace) -> None:
     """Hand the runtime's options to this process and the kernels it starts."""
-    given = {name: getattr(options, name, None) for name in ("device", "time_budget", "log_level")}
+    given = {name: getattr(options, name, None) for name in ("device", "time_budget", "log_level", "mirror")}
     if given["time_budget"]:
         runtime.parse_duration(given["time_budget"])
     runtime.export(**given)
@@ -269,6 +269,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
     parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
+    parser.add_argument("--mirror", help="an existing folder, such as a network share, to copy the run to while it trains")
     parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
 
 

@@ -18,7 +18,7 @@ from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
-CHECKPOINT_EVERY, INPUTS = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_INPUTS"
+CHECKPOINT_EVERY, INPUTS, MIRROR = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_INPUTS", "TRAINBOOK_MIRROR"
 # The runtime's settings, as the command line and run.toml name them, and where a child process finds them.
 SETTINGS = {
     "runs": RUNS,
@@ -28,6 +28,7 @@ SETTINGS = {
     "log_level": LOG_LEVEL,
     "checkpoint_every": CHECKPOINT_EVERY,
     "inputs": INPUTS,
+    "mirror": MIRROR,
     "price_per_hour": PRICE,
 }
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -50,6 +51,7 @@ class Runtime:
         price_per_hour: what the machine costs, in the currency of whoever set it, or None.
         checkpoint_seconds: at most this much work is lost to a kill.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
+        mirror_folder: a folder that outlives the machine, to which runs are copied while they train, or None.
         reasons: for platform, device, dtype and time budget, why.
     """
 
@@ -62,6 +64,7 @@ class Runtime:
     price_per_hour: float | None = None
     checkpoint_seconds: float = 60.0
     input_folders: tuple[Path, ...] = ()
+    mirror_folder: Path | None = None
     log_level: str = "INFO"
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -74,6 +77,7 @@ class Runtime:
             ["data", str(self.data_folder), f"${DATA} or the user's cache"],
         ]
         folders += [["inputs", str(folder), "runs lying there are continued"] for folder in self.input_folders]
+        folders += [["mirror", str(self.mirror_folder), "runs are copied there while they train"]] if self.mirror_folder else []
         return [[name, value, self.reasons.get(name, "")] for name, value in chosen.items()] + folders
 
     def device_name(self) -> str:
@@ -108,6 +112,7 @@ def detect() -> Runtime:
         price_per_hour=_price(),
         checkpoint_seconds=parse_duration(os.environ.get(CHECKPOINT_EVERY) or "60s"),
         input_folders=_input_folders(where),
+        mirror_folder=_mirror_folder(),
         log_level=level,
         reasons={
             "platform": platform_reason,
@@ -144,6 +149,11 @@ def runs_folder() -> Path:
 def export(**settings: str | None) -> None:
     """Put settings, by their names in `SETTINGS`, where child processes find them."""
     os.environ.update({SETTINGS[name]: value for name, value in settings.items() if value})
+
+
+def keep_secret(name: str, value: str) -> None:
+    """Put a key where this process and its children look for it, unless it is there already."""
+    os.environ.setdefault(name, value)
 
 
 def import_from(folder: Path) -> None:
@@ -234,9 +244,19 @@ def _price() -> float | None:
 
 
 def _input_folders(where: str) -> tuple[Path, ...]:
-    if os.environ.get(INPUTS):
-        return tuple(Path(folder).absolute() for folder in os.environ[INPUTS].split(os.pathsep) if folder)
-    return (KAGGLE_INPUTS,) if where == "kaggle" else ()
+    named = [Path(folder).absolute() for folder in os.environ.get(INPUTS, "").split(os.pathsep) if folder]
+    if not named and where == "kaggle":
+        named = [KAGGLE_INPUTS]
+    # What an earlier machine copied to the mirror is continued on this one.
+    return (*named, *([mirror] if (mirror := _mirror_folder()) and mirror not in named else []))
+
+
+def _mirror_folder() -> Path | None:
+    if not os.environ.get(MIRROR):
+        return None
+    if Path(os.environ[MIRROR]).resolve() == runs_folder().resolve():
+        raise UserError(f"{MIRROR} is the runs folder itself", "name a folder that outlives this machine, or none")
+    return Path(os.environ[MIRROR]).absolute()
 
 
 def _time_budget(where: str) -> tuple[float | None, str]:
