@@ -210,7 +210,7 @@ def _copy_file(source: Path, target: Path) -> str:
 
 
 def _forget(path: Path) -> None:
-    """Delete a file or checkpoint that is no longer needed, emptied first: Drive keeps what is deleted, at its size, for a month."""
+    """Delete what is no longer needed, emptied first: Drive keeps deleted files, at their size, for a month."""
     if path.is_dir():
         aside = path.with_name(f".old-{path.name}")
         path = path if path.name.startswith(".") else path.rename(aside)
