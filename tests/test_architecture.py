@@ -18,7 +18,7 @@ ROWS = [
     {"workflows", "mirror"},
     {"catalog"},
     {"report", "execution", "spec"},
-    {"run", "doctor", "bundles", "plan"},
+    {"run", "doctor", "bundles", "plan", "launching"},
     {"verification"},
     {"__main__"},
 ]
