@@ -64,21 +64,20 @@ class Session:
         Raises:
             RunFailed: when it gives none.
         """
+        self._call("stop", "-s", self.name)  # one of that name that no longer answers would be lost sight of, and cost on
         gpu = [] if accelerator == "cpu" else ["--gpu", accelerator or "T4"]
         done = self._call("new", "-s", self.name, *gpu, seconds=START_SECONDS)
         if done.returncode != 0:
             raise RunFailed(f"Colab gave no machine: {self._said(done)}")
-        made = f"import os; os.makedirs({self.folder!r}, exist_ok=True)"
-        self._exec(made)
+        self._exec(f"import os; os.makedirs({self.folder!r}, exist_ok=True)")
         self.put(Path(remote.__file__), "remote.py")
 
-    def is_there(self) -> bool:
-        """Whether a session of this name is known and answers."""
+    def is_training(self) -> bool:
+        """Whether a session of this name is there in which the run is being trained, or was to its end."""
         try:
-            self.ask("look", run_id=self.run_id, tries=1)
+            return bool(self.ask("look", run_id=self.run_id, tries=1)["run_id"])
         except (SessionLost, RunFailed):
             return False
-        return True
 
     def ask(self, function: str, tries: int = TRIES, seconds: float = CALL_SECONDS, **arguments: Any) -> dict[str, Any]:
         """The answer of a function of `remote`.
@@ -88,7 +87,8 @@ class Session:
             RunFailed: when the function itself failed.
         """
         call = ", ".join([repr(function), repr(self.folder), *(f"{name}={value!r}" for name, value in arguments.items())])
-        code = f"import sys; sys.path[:0] = [{self.folder!r}] * ({self.folder!r} not in sys.path)\nimport remote; remote.answer({call})"
+        path = f"import sys\nif {self.folder!r} not in sys.path:\n    sys.path.insert(0, {self.folder!r})"
+        code = f"{path}\nimport remote\nremote.answer({call})\n"
         for attempt in range(tries):
             if attempt:
                 time.sleep(PAUSE_SECONDS * attempt)
@@ -201,7 +201,7 @@ def train(
         RunFailed: when Colab gives no machine, another one than was asked for, or the run cannot be started.
     """
     try:
-        if session.is_there():
+        if session.is_training():
             print("a session of this run is there: following it")
         else:
             session.open(spec.accelerator)
@@ -216,7 +216,10 @@ def train(
             if not seen["alive"]:
                 break
             if seen["checkpoint"] > asked and time.monotonic() - pulled >= pull_seconds:
-                pull(session, run)
+                try:
+                    pull(session, run)
+                except RunFailed as error:
+                    print(f"nothing pulled this time: {error}", flush=True)
                 pulled, asked = time.monotonic(), _pulled_step(run)
             time.sleep(poll_seconds)
         if not seen["run_id"]:

@@ -78,12 +78,11 @@ def start(folder: Path, parts: list[str], sha256: str, keys: str = "") -> dict[s
 
 def look(folder: Path, run_id: str, offset: int = 0) -> dict[str, object]:
     """Whether training goes on, what it printed since, what run.json says, and the newest checkpoint."""
-    run = folder / "box" / "runs" / run_id
+    run, alive = folder / "box" / "runs" / run_id, _alive(folder)  # first: what it prints at its end is then read after it
     with (folder / "log").open("rb") as log:
         log.seek(offset)
         text = log.read(LOG_CHARACTERS)
     steps = [int(path.name) for path in run.glob("checkpoints/[0-9]*") if path.name.isdigit()]
-    alive = _alive(folder)  # first: what ends after this question is found ended by the next
     state = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
     return {
         "alive": alive,
@@ -103,8 +102,14 @@ def pack(folder: Path, run_id: str) -> dict[str, object]:
     from trainbook.records import RunFolder
 
     source, copy = RunFolder(folder / "box" / "runs" / run_id), RunFolder(folder / "packed" / run_id)
-    shutil.rmtree(folder / "packed", ignore_errors=True)
-    step = copy_run(source, copy.path)
+    for attempt in range(3):
+        shutil.rmtree(folder / "packed", ignore_errors=True)
+        try:
+            step = copy_run(source, copy.path)
+            break
+        except FileNotFoundError:  # training dropped a checkpoint while it was copied
+            if attempt == 2:
+                raise
     for old in numbered(copy.checkpoints)[1:]:
         shutil.rmtree(old)
     if step is None:  # nothing to go on from, but something to read
