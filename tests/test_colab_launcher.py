@@ -133,19 +133,32 @@ def test_an_error_of_the_run_is_no_success_though_the_client_ends_with_zero(laun
     assert not list(stand_in.sessions.iterdir())
 
 
-def test_ctrl_c_saves_pulls_and_gives_back(launch, stand_in, tmp_path):
+def test_a_killed_launcher_is_followed_by_another_which_a_closed_terminal_lets_save_pull_and_give_back(
+    launch, stand_in, tmp_path
+):
     command = [sys.executable, str(ROOT / "colab" / "launch.py"), *options("mine", LONG_DBN, "--out", str(tmp_path / "out"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def start():
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    killed = start()
     while not list(stand_in.sessions.glob("mine/content/*/box/runs/mine/checkpoints/0*")):
-        assert launcher.poll() is None
+        assert killed.poll() is None
         time.sleep(0.05)
-    os.kill(launcher.pid, signal.SIGTERM)  # a closed terminal
-    shown, _ = launcher.communicate(timeout=120)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = start()
+    assert "mine" in again.stdout.readline()
+    while "following it" not in (line := again.stdout.readline()):
+        assert line
+    again.terminate()
+    shown, _ = again.communicate(timeout=200)
     run = RunFolder(tmp_path / "out" / "mine")
     assert run.summary()["status"] == "stopped", shown
-    assert launcher.returncode == 3, shown
+    assert again.returncode == 3, shown
     assert whole_checkpoint(run) == run.summary()["step"] > 0
+    assert len(stand_in.calls("new")) == 1
     assert not list(stand_in.sessions.iterdir())
 
 
