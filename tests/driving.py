@@ -6,13 +6,14 @@ import os
 import resource
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainbook import runtime
+from trainbook import mirror, runtime
 from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
 from trainbook.run import prepare
@@ -53,6 +54,8 @@ class Drive:
             several processes to the first, at once.
         processes, parallel: how many train together, and what each keeps of the weights.
         file_limit: no file may grow beyond so many bytes once that step is reached: a full disk.
+        mirror: a folder to copy the run to, looked after every few milliseconds.
+        pause: wait this long after each step.
     """
 
     runs: Path
@@ -67,6 +70,8 @@ class Drive:
     time_budget: str = ""
     processes: int = 1
     parallel: str = "copies"
+    mirror: str = ""
+    pause: float = 0.0
 
     def __call__(self) -> int:
         """Start the child, wait for it, and return its exit code (negative: the signal that ended it)."""
@@ -86,6 +91,8 @@ def _session(drive: Drive) -> None:
     os.environ[runtime.RUNS] = str(drive.runs)
     os.environ[runtime.PROCESSES] = str(drive.processes)
     os.environ[runtime.PARALLEL] = drive.parallel
+    os.environ[runtime.MIRROR] = drive.mirror
+    mirror.Mirror.__init__.__defaults__ = (0.005, 0.5)
     workflow = importlib.import_module(drive.workflow) if "." in drive.workflow else drive.workflow
     run = prepare(workflow, "smoke", drive.overrides, drive.run_id)
     run.load_data()
@@ -96,6 +103,7 @@ def _session(drive: Drive) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         os.environ[SIGNAL] = f"{drive.signal_step} {drive.signal_number}"
     run.train(checkpoint_seconds=drive.checkpoint_seconds, progress=False)
+    run.leave()
 
 
 class _Disturbed:
@@ -115,6 +123,7 @@ class _Disturbed:
                 else:
                     threading.Timer(self._drive.delay, os.kill, (os.getpid(), self._drive.signal_number)).start()
             yield record
+            time.sleep(self._drive.pause)
 
 
 def checkpoints(folder: RunFolder) -> list[Path]:

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors"},
     {"config", "runtime", "files", "tables", "seeding", "distributed"},
-    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline"},
+    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab"},
     {
         "state",
         "data",
@@ -28,10 +28,10 @@ ROWS = [
     },
     {"fitting"},
     {"engine", "handover"},
-    {"workflows"},
+    {"workflows", "mirror"},
     {"catalog"},
     {"report", "execution", "processes", "spec"},
-    {"run", "doctor", "bundles", "launching"},
+    {"run", "doctor", "bundles", "plan", "launching"},
     {"verification", "worker"},
     {"__main__"},
 ]

@@ -1,4 +1,4 @@
-"""The command line: list, show, run, bundle, resume, verify, report, compare, doctor."""
+"""The command line: list, show, plan, run, bundle, resume, verify, report, compare, doctor."""
 
 import argparse
 import sys
@@ -60,6 +60,33 @@ def show(options: argparse.Namespace) -> int:
     )
     targets = [[t.metric, f"{t.comparison} {t.value}", ", ".join(t.presets), t.source] for t in workflow.TARGETS]
     print(Table(["metric", "target", "presets", "source"], targets))
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Where to train: hours, sessions and cost per platform, from a few seconds of real steps here or from a run."""
+    from trainbook import plan as planning
+
+    workflow = catalog.load(options.name)
+    prices_file = options.prices or planning.PRICES
+    prices = planning.Prices.read(prices_file)
+    overrides = {name: value for name, value in vars(options).items() if name in workflow.Config.model_fields}
+    if options.run:
+        if overrides or options.preset:
+            raise UserError("--run says which config was trained", "leave out the preset and the fields, or --run")
+        folder = find_run(options.run, runtime.runs_folder())
+        if read_json(folder.config)["workflow"] != workflow.name:
+            raise UserError(f"{options.run} is a run of another workflow", f"plan {read_json(folder.config)['workflow']}")
+        measurement, price = planning.read_run(folder), None
+    else:
+        config = workflow.Config.from_preset(options.preset or "full", overrides)
+        where = runtime.detect()
+        measurement, price = planning.measure(workflow, config, where, options.seconds), where.price_per_hour
+        rows = [[f"{p.step:,}", p.stage, f"{1000 * p.seconds:.3g} ms", f"{p.operations:,}"] for p in measurement.parts]
+        print(Table(["at step", "stage", "a step takes", "operations"], rows), end="\n\n")
+    print(planning.table(measurement, prices, price), end="\n\n")
+    for line in planning.assumptions(measurement, prices, prices_file):
+        print(line if line.startswith(" ") else f"- {line}")
     return 0
 
 
@@ -266,6 +293,17 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     show_parser = command(show, "show")
     show_parser.add_argument("name")
     show_parser.add_argument("--preset", default=DEFAULT_PRESET)
+    plan_parser = command(plan, "plan")
+    planned = plan_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    if arguments[:1] == ["plan"]:
+        for workflow in _workflows():
+            one = planned.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
+            one.add_argument("--preset", default="", help=f"one of {', '.join(workflow.Config.PRESETS)} (default full)")
+            one.add_argument("--run", default="", help="read what this run took, instead of measuring here")
+            one.add_argument("--prices", type=Path, help="a table like the kit's prices.toml, instead of it")
+            one.add_argument("--seconds", type=float, default=6.0, help="how long to take steps for (default 6)")
+            one.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
+            _add_fields(one, workflow.Config.model_fields)
     run_parser = command(run, "run")
     run_parser.add_argument("--spec", type=Path, help="run what this run.toml says, instead of NAME and its options")
     names = run_parser.add_subparsers(metavar="NAME", dest="name")
@@ -317,6 +355,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
     parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
+    parser.add_argument("--mirror", help="an existing folder, such as a network share, to copy the run to while it trains")
     parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
 
 

@@ -57,6 +57,15 @@ class NotebookTooLarge(UserError):  # noqa: N818  (the state of the notebook)
     """A notebook that the platform would refuse; on Kaggle the kit can travel beside it, in a private data set."""
 
 
+# Colab takes the machine's disk away when it disconnects.
+DRIVE_CELL = """# @title Keep the run on Drive: allow it when asked; after a disconnect, run all cells again
+# To train without Drive, leave out the line with keep_on_drive. Keys come from Colab's key icon and are never shown.
+from trainbook import colab
+
+colab.keep_on_drive("trainbook")  # a folder in My Drive
+colab.take_secrets("HF_TOKEN")"""
+
+
 def wheel(revision: str = "") -> bytes:
     """The kit as a wheel, byte for byte the same from the same sources: sorted, fixed dates and modes, stored.
 
@@ -123,6 +132,9 @@ def build_notebook(platform: str, spec: RunSpec, carry_kit: bool = True) -> byte
     )
     # Folded away in JupyterLab, on Kaggle and in Colab.
     cell.metadata |= {"jupyter": {"source_hidden": True}, "_kg_hide-input": True, "cellView": "form"}
+    if platform == "colab":
+        drive = nbformat.v4.new_code_cell(DRIVE_CELL, id="drive", metadata={"tags": ["drive"]})
+        notebook.cells.insert(_tagged(notebook, "bootstrap") + 1, drive)
     notebook.metadata.pop("jupytext", None)  # there is no .py beside it to pair with
     notebook.metadata |= _platform_metadata(platform, spec.accelerator)
     nbformat.validate(notebook)

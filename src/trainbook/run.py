@@ -23,6 +23,7 @@ from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
+from trainbook.mirror import Mirror
 from trainbook.monitor import peak_memory_bytes
 from trainbook.processes import train_in_processes
 from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
@@ -126,6 +127,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.trained = False
         self._initial: dict[str, str] = {}
+        self._mirror = Mirror(folder, runtime.mirror_folder) if runtime.mirror_folder else None
         self._identity = identity(workflow.name, preset, config, authentic)
         if distributed.rank() == 0:  # the others, perhaps on another machine, do not write there
             if self.folder.path.exists() and any(self.folder.path.iterdir()):
@@ -191,6 +193,8 @@ class Run:
         self.folder.create(self._identity, self.runtime.elsewhere)
         self.folder.lock()
         configure_logging(self.runtime.log_level, self.folder.log)
+        if self._mirror:
+            self._mirror.start()
         earlier = self.folder.summary() if self.folder.run_json.exists() else {}
         self._check_data(earlier)
         if earlier.get("status") == "complete":
@@ -261,7 +265,13 @@ class Run:
             )
             self._write_summary()
             if self.summary["status"] != "running":
-                self.folder.unlock()
+                self.leave()
+
+    def leave(self) -> None:
+        """Nothing more is written: let the copy catch up and give the folder back."""
+        if self._mirror:
+            self._mirror.close()
+        self.folder.unlock()
 
     def _check_data(self, earlier: dict[str, Any]) -> None:
         recorded = earlier.get("data", {}).get("sha256", self.data.sha256)
@@ -391,7 +401,7 @@ class Run:
             self._write_summary()
         elif self.summary:
             report.write(self.folder, self.summary)
-        self.folder.unlock()
+        self.leave()
         return f"{self.summary.get('status', 'not trained')}: {self.folder.report}"
 
     def _export(self) -> None:

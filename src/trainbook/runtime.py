@@ -21,6 +21,7 @@ TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", 
 PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRAINBOOK_WORKERS"
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
+MIRROR = "TRAINBOOK_MIRROR"
 # The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
 SETTINGS = {
     "runs": RUNS,
@@ -36,6 +37,7 @@ SETTINGS = {
     "checkpoint_dir": CHECKPOINT_DIR,
     "log_dir": LOG_DIR,
     "inputs": INPUTS,
+    "mirror": MIRROR,
     "price_per_hour": PRICE,
 }
 ERROR_LOG = "errors.log"
@@ -67,6 +69,7 @@ class Runtime:
         keep: number of checkpoints kept.
         elsewhere: "checkpoints" and "logs" to a folder that shall hold them instead of the run folder.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
+        mirror_folder: a folder that outlives the machine, to which runs are copied while they train, or None.
         reasons: for platform, device, dtype and time budget, why.
     """
 
@@ -77,6 +80,7 @@ class Runtime:
     data_folder: Path
     deadline: float | None
     price_per_hour: float | None = None
+    mirror_folder: Path | None = None
     log_level: str = "INFO"
     processes: int = 1
     parallel: str = "copies"
@@ -98,6 +102,7 @@ class Runtime:
             ["data", str(self.data_folder), f"${DATA} or the user's cache"],
         ]
         folders += [["inputs", str(folder), "runs lying there are continued"] for folder in self.input_folders]
+        folders += [["mirror", str(self.mirror_folder), "runs are copied there while they train"]] if self.mirror_folder else []
         return [[name, value, self.reasons.get(name, "")] for name, value in chosen.items()] + folders
 
     def device_name(self) -> str:
@@ -134,6 +139,7 @@ def detect() -> Runtime:
         data_folder=Path(os.environ.get(DATA, Path.home() / ".cache" / "trainbook")),
         deadline=None if budget is None else time.monotonic() + budget,
         price_per_hour=_price(),
+        mirror_folder=_mirror_folder(),
         log_level=level,
         processes=processes,
         parallel=parallel,
@@ -178,6 +184,11 @@ def runs_folder() -> Path:
 def export(**settings: str | None) -> None:
     """Put settings, by their names in `SETTINGS`, where child processes find them."""
     os.environ.update({SETTINGS[name]: value for name, value in settings.items() if value})
+
+
+def keep_secret(name: str, value: str) -> None:
+    """Put a key where this process and its children look for it, unless it is there already."""
+    os.environ.setdefault(name, value)
 
 
 def import_from(folder: Path) -> None:
@@ -327,9 +338,19 @@ def _price() -> float | None:
 
 
 def _input_folders(where: str) -> tuple[Path, ...]:
-    if os.environ.get(INPUTS):
-        return tuple(Path(folder).absolute() for folder in os.environ[INPUTS].split(os.pathsep) if folder)
-    return (KAGGLE_INPUTS,) if where == "kaggle" else ()
+    named = [Path(folder).absolute() for folder in os.environ.get(INPUTS, "").split(os.pathsep) if folder]
+    if not named and where == "kaggle":
+        named = [KAGGLE_INPUTS]
+    # What an earlier machine copied to the mirror is continued on this one.
+    return (*named, *([mirror] if (mirror := _mirror_folder()) and mirror not in named else []))
+
+
+def _mirror_folder() -> Path | None:
+    if not os.environ.get(MIRROR):
+        return None
+    if Path(os.environ[MIRROR]).resolve() == runs_folder().resolve():
+        raise UserError(f"{MIRROR} is the runs folder itself", "name a folder that outlives this machine, or none")
+    return Path(os.environ[MIRROR]).absolute()
 
 
 def _time_budget(where: str) -> tuple[float | None, str]:

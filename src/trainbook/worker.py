@@ -55,7 +55,7 @@ def train_in_group(name: str, preset: str, overrides: dict[str, Any], run_id: st
         run.load_data()
         run.build()
         run.train()
-        run.folder.unlock()
+        run.leave()
         done = run.trained
         return (None if done and distributed.rank() == 0 else EXIT_CODES["complete" if done else "stopped"]), chosen
 

@@ -5,7 +5,9 @@ time for a checkpoint every minute. Ratios printed are peer over ours. The peers
 """
 
 import contextlib
+import importlib.util
 import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -17,12 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
 from tests.benchmarks import pairing
 
 # isort: split
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +46,7 @@ CONFIG = OptimizationConfig(learning_rate=1e-4)  # AdamW; neither clips nor aver
 OURS, BARE = "engine", "bare loop"
 
 CHECKPOINT_WIDTH, CHECKPOINT_ROWS = 2232, 32  # 10 M parameters
-CHECKPOINTS, CHECKPOINT_SECONDS, ALLOWED_SHARE, MINUTE = 9, 3.0, 0.01, 60
+CHECKPOINTS, CHECKPOINT_SECONDS, ALLOWED_SHARE, MINUTE = 7, 4.0, 0.01, 60
 MOST_STEPS = 5000  # the run is ended when it has its checkpoints
 
 Side = Callable[[], nn.Module]  # trains a new model in one run and returns it
@@ -99,14 +103,14 @@ class Task:
         """The batches as trainers take them: one epoch for the whole run, nothing to collate."""
         return DataLoader(WholeBatches(self), collate_fn=lambda batches: batches[0])
 
-    def seconds(self, side: Side) -> float:
-        """CPU time of one run from the first timed step until the trainer returns: what it does at the start is left out."""
+    def train(self, side: Side) -> tuple[float, np.ndarray]:
+        """CPU time of one run from the first timed step until the trainer returns, its start left out; and the weights."""
         self.marks.clear()
         with silence():
-            side()
+            model = side()
             ended = time.process_time()
         assert len(self.marks) == len(self.order)
-        return ended - self.marks[UNTIMED]
+        return ended - self.marks[UNTIMED], nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
 
 
 class WholeBatches(Dataset):
@@ -138,7 +142,7 @@ def silence() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def bare_loop(task: Task) -> Side:
+def bare_loop(task: Task, folder: Path | None = None) -> Side:
     """A loop that reads every loss and keeps it."""
 
     def run() -> nn.Module:
@@ -213,7 +217,6 @@ def accelerate_loop(task: Task, folder: Path, norms: bool = False) -> Side:
 
 def transformers_trainer(task: Task, folder: Path) -> Side:
     """transformers' Trainer without clipping, logging, evaluation, checkpoints and progress bar."""
-    import accelerate  # noqa: F401  # Trainer needs it, and says so only when it is made
     from transformers import Trainer, TrainingArguments
 
     class LeanTrainer(Trainer):
@@ -271,25 +274,41 @@ def lightning_trainer(task: Task, folder: Path) -> Side:
     return run
 
 
-PEERS = {
+SIDES = {
+    OURS: followed,
+    BARE: bare_loop,
     "accelerate": accelerate_loop,
     "accelerate with norms": partial(accelerate_loop, norms=True),
     "transformers Trainer": transformers_trainer,
     "Lightning Trainer": lightning_trainer,
 }
+NEEDS = {
+    "accelerate": ("accelerate",),
+    "accelerate with norms": ("accelerate",),
+    "transformers Trainer": ("transformers", "accelerate"),
+    "Lightning Trainer": ("lightning",),
+}
 
 
-def find_peers() -> dict[str, Callable[[Task, Path], Side]]:
-    """Those that are installed; says which are not."""
-    found = {}
-    for name, make in PEERS.items():
-        try:
-            make(Task(1, 1), Path())
-            print(f"{name}: {metadata.version(name.split()[0].lower())}")
-            found[name] = make
-        except ImportError as error:
-            print(f"{name}: left out ({error})")
+def find_peers() -> list[str]:
+    """Those that are installed; says which are not. Imports none."""
+    found = []
+    for name, packages in NEEDS.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"{name}: left out, {' and '.join(missing)} not installed")
+        else:
+            print(f"{name}: {', '.join(f'{package} {metadata.version(package)}' for package in packages)}")
+            found.append(name)
     return found
+
+
+def serve(connection: Connection, name: str, rows: int, steps: int, folder: Path) -> None:
+    """Train once for each word that comes, until it is an empty one."""
+    task = Task(rows, steps)
+    side = SIDES[name](task, folder)
+    while connection.recv():
+        connection.send(task.train(side))
 
 
 def rows_for(milliseconds: float) -> int:
@@ -297,28 +316,39 @@ def rows_for(milliseconds: float) -> int:
     rows = 64
     for _ in range(3):  # the cost is not quite proportional to the rows
         task = Task(rows, 5 + int(60 / milliseconds))
-        seconds = min(task.seconds(bare_loop(task)) for _ in range(3))
+        seconds = min(task.train(bare_loop(task))[0] for _ in range(3))
         rows = max(1, round(rows * milliseconds / (1e3 * seconds / task.steps)))
     return rows
 
 
-def compare(case: Case, peers: dict[str, Callable[[Task, Path], Side]], folder: Path) -> list[pairing.Comparison]:
-    """Train with every side in turn, round after round; the first round checks the weights and is not timed."""
-    task = Task(case.rows or rows_for(case.milliseconds), case.steps)
-    sides = {OURS: followed(task, folder), BARE: bare_loop(task)}
-    if case.with_peers:
-        sides |= {name: make(task, folder) for name, make in peers.items()}
-    with silence():
-        weights = {name: nn.utils.parameters_to_vector(side().parameters()).detach() for name, side in sides.items()}
-    differences = {name: float((found - weights[BARE]).abs().max()) for name, found in weights.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(case.rounds):
+def compare(case: Case, peers: list[str], folder: Path) -> list[pairing.Comparison]:
+    """Train with every side in turn, round after round; the first round is not timed.
+
+    Each side has a process of its own: where Lightning's and transformers' trainers are loaded, a bare loop, too, is a
+    third slower.
+    """
+    rows = case.rows or rows_for(case.milliseconds)
+    sides: dict[str, Connection] = {}
+    seconds: dict[str, list[float]] = {}
+    weights: dict[str, np.ndarray] = {}
+    context = multiprocessing.get_context("spawn")
+    for name in [OURS, BARE, *(peers if case.with_peers else [])]:
+        sides[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, name, rows, case.steps, folder), daemon=True).start()
+        theirs.close()
+    for number in range(case.rounds + 1):
         for name, side in sides.items():
-            seconds[name].append(task.seconds(side))
+            side.send("train")
+            taken, weights[name] = side.recv()
+            if number:
+                seconds.setdefault(name, []).append(taken)
+    for side in sides.values():
+        side.send("")
+    differences = {name: float(np.abs(found - weights[BARE]).max()) for name, found in weights.items()}
 
     step = 1e3 * statistics.median(seconds[BARE]) / case.steps
     size = f"{case.milliseconds} ms a step" if case.milliseconds else f"{case.rows} rows a step"
-    print(f"\n{task.rows} rows, {case.steps} steps of {step:.2f} ms in {case.rounds} rounds; CPU time over the bare loop's:")
+    print(f"\n{rows} rows, {case.steps} steps of {step:.2f} ms in {case.rounds} rounds; CPU time over the bare loop's:")
     for name in sides:
         overheads = [x / bare for x, bare in zip(seconds[name], seconds[BARE], strict=True)]
         middle = statistics.median(overheads)
