@@ -127,7 +127,8 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.trained = False
         self._initial: dict[str, str] = {}
-        self._mirror = Mirror(folder, runtime.mirror_folder) if runtime.mirror_folder else None
+        mirrored = runtime.mirror_folder is not None and distributed.rank() == 0
+        self._mirror = Mirror(folder, runtime.mirror_folder) if mirrored else None
         self._identity = identity(workflow.name, preset, config, authentic)
         if distributed.rank() == 0:  # the others, perhaps on another machine, do not write there
             if self.folder.path.exists() and any(self.folder.path.iterdir()):
