@@ -18,7 +18,7 @@ ROWS = [
     {"workflows"},
     {"catalog"},
     {"report", "execution", "spec"},
-    {"run", "doctor", "bundles"},
+    {"run", "doctor", "bundles", "launching"},
     {"verification"},
     {"__main__"},
 ]
