@@ -38,9 +38,10 @@ class Box:
     Args:
         target: user@host, or a name of ssh's own configuration.
         run_id: the run; its folder is `trainbook/<run_id>` in the home folder there.
-        options: of ssh: port, identity, what is known of the host's key.
+        options: of ssh, such as port and identity.
         patience: for so many seconds a lost connection is made again.
-        trusted: a refused key ends it at once (a rented box may still be taking it up).
+        trusted: a box of one's own: its host key must be known, and a refused key ends it at once (a rented box may still
+            be taking it up).
     """
 
     target: str
@@ -48,7 +49,8 @@ class Box:
     options: list[str]
     patience: float
     trusted: bool = False
-    _sockets: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="tb-", dir="/tmp"))  # a socket's path is short
+    _private: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="tb-", dir="/tmp")))  # a socket's path is short
+    _log_read: int = 0
 
     @property
     def folder(self) -> str:
@@ -65,9 +67,12 @@ class Box:
             "ServerAliveInterval": "15",
             "ServerAliveCountMax": "4",
             "ControlMaster": "auto",
-            "ControlPath": f"{self._sockets}/%C",
+            "ControlPath": f"{self._private}/%C",
             "ControlPersist": "60",
         }
+        if not self.trusted:
+            # The key of a rented box is not known beforehand: taken at the first contact, then it must stay the same.
+            given |= {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": f"{self._private}/known_hosts"}
         return [part for name, value in given.items() for part in ("-o", f"{name}={value}")] + self.options
 
     def run(self, command: str, patience: float | None = None) -> bytes:
@@ -103,7 +108,9 @@ class Box:
         first, pause = time.monotonic(), 0.5
         while True:
             try:
-                done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit)
+                done = subprocess.run(
+                    command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, start_new_session=True
+                )
             except subprocess.TimeoutExpired:
                 done = subprocess.CompletedProcess(command, CONNECTION_LOST, b"", b"no answer")
             if done.returncode not in again:
@@ -159,18 +166,25 @@ class Box:
         """Start the watchdog, which starts the job; does nothing where one is at work."""
         self.run(f"cd {self.folder} && setsid bash onstart.sh </dev/null >>onstart.log 2>&1 & sleep 0.2")
 
-    def status(self, offset: int = 0, patience: float | None = None) -> tuple[dict[str, Any], str]:
-        """What the watchdog's program says, and the job's log from a byte on."""
-        line, _, log = self.run(f"cd {self.folder} && bash onstart.sh status {offset}", patience).partition(b"\n")
+    def status(self) -> tuple[dict[str, Any], str]:
+        """What the watchdog's program says, and what is new in the job's log."""
+        answer = self.run(f"cd {self.folder} && bash onstart.sh status {self._log_read}")
+        line, _, log = answer.partition(b"\n")
         try:
-            return json.loads(line), log.decode(errors="replace")
+            status = json.loads(line)
         except ValueError:
             raise BoxLost(f"{self.target} answers nonsense: {line[:200]!r}") from None
+        self._log_read = status["offset"]
+        return status, log.decode(errors="replace")
 
     def watched(self) -> bool:
         """Whether a watchdog is at work there on files that were pushed."""
         pushed = self.run(f"test -f {self.folder}/pushed && echo yes || true").decode().strip()
-        return bool(pushed) and self.status()[0]["watched"]
+        if not pushed:
+            return False
+        watched = self.status()[0]["watched"]
+        self._log_read = 0
+        return watched
 
     def end(self, why: str) -> None:
         """Ask the watchdog to let the job save and stop."""
@@ -208,7 +222,7 @@ class Box:
         subprocess.run(
             ["ssh", *self.ssh_options(), "-O", "exit", self.target], capture_output=True, timeout=30, stdin=subprocess.DEVNULL
         )
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        shutil.rmtree(self._private, ignore_errors=True)
 
 
 def drop_old_checkpoints(run: RunFolder) -> int | None:

@@ -7,6 +7,7 @@ python vastai/launch.py engines NAME --out DIR               files for SkyPilot 
 """
 
 import argparse
+import functools
 import json
 import string
 import subprocess
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from box import Box, BoxLost, drop_old_checkpoints
-from market import DEAD_STATES, LABEL, MIN_HOURS, ClientError, Ledger, Offer, Policy, Vast
+from market import DEAD_STATES, LABEL, MIN_HOURS, ClientError, Ledger, NothingToRent, Offer, Policy, Vast
 
 from trainbook.bundles import CHECKSUMS_FILE, build_box
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import file_sha256
 from trainbook.handover import copy_run, whole_checkpoint
-from trainbook.launching import Verdict, add_run_options, exit_code, judge, spec_of
+from trainbook.launching import Verdict, add_run_options, exit_code, judge, spec_of, undisturbed
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
 from trainbook.runtime import parse_duration
 from trainbook.spec import RunSpec
@@ -94,43 +95,59 @@ def on_rented_boxes(spec: RunSpec, policy: Policy, run: RunFolder, options: argp
     interruptible = policy.interruptible if options.interruptible is None else options.interruptible
     avoided: set[Any] = set()
     for number in range(policy.boxes):
-        rental = _attach(vast, ledger, label)
-        if rental is None:
-            offer = _choose(vast, ledger, spec, policy, label, interruptible, avoided, options.dry_run)
-            if options.dry_run:
-                return Verdict(0, "nothing was rented")
-            avoided.add(offer.row["machine_id"])
-            rental = _rent(vast, ledger, spec, policy, label, offer)
-            if rental is None:
-                continue
-        price, keep, interrupted = ledger.open_price(label) or spec.max_price_per_hour, False, False
-        box = None
+        box, keep = None, False
         try:
-            box = _answering(vast, rental, spec, policy, options)
+            rental = attached = _attach(vast, ledger, label)
+            if rental is None:
+                try:
+                    offer = _choose(vast, ledger, spec, policy, label, interruptible, avoided, options.dry_run)
+                except NothingToRent as error:
+                    if number == 0:
+                        raise
+                    verdict = judge(run.path, spec.run_id)
+                    return Verdict(verdict.code, f"{verdict.text}\n{error}")
+                if options.dry_run:
+                    return Verdict(0, "nothing was rented")
+                avoided.add(offer.row["machine_id"])
+                rental = _rent(vast, ledger, spec, policy, label, offer)
+                if rental is None:
+                    continue
+            price = ledger.open_price(label) or spec.max_price_per_hour
+            box = _answering(vast, rental, spec, policy, options, attached is not None)
             left = spec.budget - ledger.spent(label)
             deadline = left / price * 3600 - policy.unpulled - policy.saving - MARGIN_SECONDS
-
-            def alive(rental: int = rental) -> bool:
-                with suppress(ClientError):
-                    row = vast.rental(rental)
-                    return row is not None and row.get("actual_status") == "running"
-                return True  # not knowing is no reason to give a box up
-
+            alive = functools.partial(_running, vast, rental)
             verdict = train(box, spec, policy, run, deadline, price, options.wait, alive)
-            keep = verdict.text.startswith(LEFT_RUNNING)
+            keep = not options.wait
             return verdict
         except BoxLost as error:
             print(f"box {number + 1} is lost: {error}", file=sys.stderr)
         finally:
-            if not keep:
-                print(f"ending rental {rental}")
-                vast.destroy(rental)
-                ledger.write("ended", label, instance=rental)
-                print(f"rental {rental} has ended; this run has cost ${ledger.spent(label):.2f} so far")
-            if box is not None:
-                box.close()
+            with undisturbed():
+                if not keep and ledger.open_price(label) is not None:
+                    _end(vast, ledger, label)
+                if box is not None:
+                    box.close()
     verdict = judge(run.path, spec.run_id)
-    return Verdict(verdict.code, f"{verdict.text} ({policy.boxes} boxes were tried)")
+    return Verdict(verdict.code, f"{verdict.text}\n{policy.boxes} boxes were tried")
+
+
+def _end(vast: Vast, ledger: Ledger, label: str) -> None:
+    """End every rental of a run, also one whose number never reached us."""
+    for row in vast.rentals(label):
+        vast.destroy(row["id"])
+        print(f"rental {row['id']} has ended")
+    ledger.write("ended", label)
+    print(f"this run has cost ${ledger.spent(label):.2f} so far")
+
+
+def _running(vast: Vast, rental: int) -> bool:
+    """Whether Vast says that a rental runs; not knowing is no reason to give it up."""
+    try:
+        row = vast.rental(rental)
+    except ClientError:
+        return True
+    return row is not None and row.get("actual_status") == "running"
 
 
 def train(
@@ -222,13 +239,13 @@ def _follow(box: Box, policy: Policy, run: RunFolder, alive: Callable[[], bool],
     Raises:
         BoxLost: when the box has died, or does not answer any more.
     """
-    offset, pulled, heard, shown = 0, time.monotonic(), time.monotonic(), None
+    pulled, heard, shown = time.monotonic(), time.monotonic(), None
     patience, box.patience = box.patience, min(box.patience, 4 * policy.poll)
     try:
         while True:
             try:
-                status, log = box.status(offset)
-                heard, offset = time.monotonic(), status["offset"]
+                status, log = box.status()
+                heard = time.monotonic()
                 if log:
                     print(log.replace("\r", "\n"), end="", flush=True)
                 if status["ended"]:
@@ -307,14 +324,12 @@ def _choose(
     if not offers:
         tried = f", {len(avoided)} machines tried" if avoided else ""
         what = f"no offer of {spec.accelerator or 'any GPU'} under ${spec.max_price_per_hour}/h within the policy{tried}"
-        if avoided:
-            raise RunFailed(f"{what}\n  -> the same command with --run-id {spec.run_id} goes on later")
-        raise UserError(what, "raise --max-price, take another --accelerator, or edit offers.toml")
+        raise NothingToRent(what, "raise --max-price, take another --accelerator, or edit offers.toml")
     offer = offers[0]
     around = (policy.start + policy.saving + policy.unpulled + MARGIN_SECONDS) / 3600
     affordable = left / offer.price - around
     if affordable < (planned or MIN_HOURS):
-        raise UserError(
+        raise NothingToRent(
             f"${left:.2f} of the ${spec.budget:.2f} are left: at ${offer.price:.3f}/h they pay for {max(affordable, 0):.2f} h of "
             f"training beside {around:.2f} h to start, save and pull"
             + (f", and {planned:.2f} h are asked for" if planned else ""),
@@ -343,44 +358,40 @@ def _rent(vast: Vast, ledger: Ledger, spec: RunSpec, policy: Policy, label: str,
     return rental
 
 
-def _answering(vast: Vast, rental: int, spec: RunSpec, policy: Policy, options: argparse.Namespace) -> Box:
+def _answering(vast: Vast, rental: int, spec: RunSpec, policy: Policy, options: argparse.Namespace, restarted: bool) -> Box:
     """The box of a rental, once it runs and ssh reaches it.
+
+    Args:
+        restarted: it may have been stopped and still say so.
 
     Raises:
         BoxLost: when it has died, or patience has.
     """
     latest, state = time.monotonic() + policy.start, ""
     while True:
-        row: dict[str, Any] | None = None
         try:
             row = vast.rental(rental)
         except ClientError as error:
             print(error, file=sys.stderr)
-        else:
-            if row is None:
-                raise BoxLost("the rental is gone")
-        now = str(row.get("actual_status")) if row else state
-        if now != state:
-            print(f"rental {rental}: {now}" + (f" ({row['status_msg'].strip()})" if row and row.get("status_msg") else ""))
+            row = {"actual_status": state}
+        if row is None:
+            raise BoxLost("the rental is gone")
+        if (now := str(row.get("actual_status"))) != state:
+            print(f"rental {rental}: {now}" + (f" ({row['status_msg'].strip()})" if row.get("status_msg") else ""))
             state = now
-        if state in DEAD_STATES:
+        if state in DEAD_STATES and not restarted:
             raise BoxLost(f"its state is {state}")
-        if row and state == "running":
+        if state == "running" and "id" in row:
             host, port = _address(row)
-            # Its host key is not known beforehand: taken at the first contact, then it must stay the same.
-            known = Path(tempfile.gettempdir()) / f"trainbook-known-{rental}-{int(row.get('start_date') or 0)}"
-            login = ["-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={known}", "-p", str(port)]
-            box = Box(f"root@{host}", spec.run_id, login + _login(options.identity), policy.ssh)
+            box = Box(f"root@{host}", spec.run_id, ["-p", str(port), *_login(options.identity)], policy.ssh)
             try:
-                box.run("true", patience=min(policy.ssh, max(latest - time.monotonic(), 1)))
+                box.run("true", patience=4 * policy.poll)
                 return box
             except BoxLost as error:
                 box.close()
-                if time.monotonic() > latest:
-                    raise
                 print(error, file=sys.stderr)
         if time.monotonic() > latest:
-            raise BoxLost(f"it did not answer within {policy.start:.0f} s (state: {state or 'unknown'})")
+            raise BoxLost(f"it did not answer within {policy.start:.0f} s (state: {state})")
         time.sleep(policy.poll)
 
 

@@ -93,8 +93,12 @@ class Offer:
     HEADER = ("offer", "GPU", "memory", "reliability", "where", "$/GB down / up", "$/h")
 
 
-class ClientError(Exception):
+class ClientError(RunFailed):
     """The client could not do what it was asked to; its words, without any key."""
+
+
+class NothingToRent(UserError):
+    """No offer fits the policy, the price and what is left of the budget."""
 
 
 class Vast:
@@ -119,7 +123,13 @@ class Vast:
         environment = {**os.environ, "VASTAI_NO_UPDATE_CHECK": "1"}
         try:
             done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALL_SECONDS
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=CALL_SECONDS,
+                start_new_session=True,  # Ctrl-C is for the launcher: the call that ends a rental must not hear it
             )
         except FileNotFoundError:
             raise UserError(

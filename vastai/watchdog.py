@@ -8,6 +8,7 @@ Runs on the box, in the run's folder, with the standard library only. `onstart.s
     watchdog.py end            ask the watchdog to let the job save and stop
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -102,10 +103,8 @@ def _newest_change(run_id: str) -> float:
     times = [LOG.stat().st_mtime]
     for folder, _, names in os.walk(Path("runs", run_id)):
         for name in names:
-            try:
-                times.append(os.stat(os.path.join(folder, name)).st_mtime)
-            except FileNotFoundError:
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                times.append(Path(folder, name).stat().st_mtime)
     return max(times)
 
 

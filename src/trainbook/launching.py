@@ -141,6 +141,18 @@ def stopping_by_signal() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal interrupts what gives back what was rented."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """Run a launcher's command and return its exit code; a mistake of the user's is said in a line, without a traceback."""
     sys.stdout.reconfigure(line_buffering=True)  # progress shows in a pipe too
