@@ -27,7 +27,7 @@ SECRETS = ("VAST_API_KEY",)  # no child that talks to a box has it
 FOREVER = ("Host key verification failed", "IDENTIFICATION HAS CHANGED", "Could not resolve hostname")
 
 
-class BoxLost(Exception):
+class BoxLost(Exception):  # noqa: N818  (the state of the box)
     """The box does not answer, or cannot train; its last words."""
 
 

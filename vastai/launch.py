@@ -214,10 +214,8 @@ def _stage(spec: RunSpec, folder: Path, settings: dict[str, Any], run: RunFolder
     (folder / "box.json").write_text(json.dumps(settings))
     step = whole_checkpoint(run) if run.checkpoints.is_dir() else None
     there = box.furthest()
-    if step is not None and (there is None or there < step):
-        step = copy_run(run, folder / "runs" / spec.run_id)
-    else:
-        step = there
+    ahead = step is not None and (there is None or there < step)
+    step = copy_run(run, folder / "runs" / spec.run_id) if ahead else there
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names if name != CHECKSUMS_FILE]
     (folder / CHECKSUMS_FILE).write_text("".join(lines))

@@ -97,7 +97,7 @@ class ClientError(RunFailed):
     """The client could not do what it was asked to; its words, without any key."""
 
 
-class NothingToRent(UserError):
+class NothingToRent(UserError):  # noqa: N818  (the state of the market)
     """No offer fits the policy, the price and what is left of the budget."""
 
 
