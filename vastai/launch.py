@@ -326,7 +326,7 @@ def _choose(
     offer = offers[0]
     around = (policy.start + policy.saving + policy.unpulled + MARGIN_SECONDS) / 3600
     affordable = left / offer.price - around
-    if affordable < (planned or MIN_HOURS):
+    if affordable < (planned or policy.shortest / 3600):
         raise NothingToRent(
             f"${left:.2f} of the ${spec.budget:.2f} are left: at ${offer.price:.3f}/h they pay for {max(affordable, 0):.2f} h of "
             f"training beside {around:.2f} h to start, save and pull"

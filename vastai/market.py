@@ -21,7 +21,6 @@ LABEL = "trainbook-"  # every rental of ours carries it, and the run's id
 CALL_SECONDS = 180
 DEAD_STATES = ("exited", "unknown", "offline")  # a rental in one of these never runs
 HOURS_PER_MONTH = 730
-MIN_HOURS = 0.05  # below this nothing useful can be rented
 KEY = "VAST_API_KEY"
 
 
@@ -37,6 +36,7 @@ class Policy:
     start: float
     ssh: float
     boxes: int
+    shortest: float
     poll: float
     pull_every: float
     no_progress: float
@@ -59,7 +59,7 @@ class Policy:
             raise UserError(f"{path}: {error}", "compare it with vastai/offers.toml") from None
 
 
-_DURATIONS = ("start", "ssh", "poll", "pull_every", "no_progress", "saving", "unpulled")
+_DURATIONS = ("start", "ssh", "shortest", "poll", "pull_every", "no_progress", "saving", "unpulled")
 
 
 @dataclass(frozen=True)

@@ -91,19 +91,19 @@ class LoopbackBox:
         (folder / "session").write_text(SESSION.replace("{}", "{{}}").format(**values))
         (folder / "session").chmod(0o755)
         (folder / "sshd_config").write_text(CONFIG.format(port=self.port, folder=folder))
-        self.server = None
+        self.server = self.script = None
 
     def boot(self, onstart=""):
         """Start sshd, and run the start script as the container does."""
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
-        log = (self.folder / "sshd.log").open("ab")
         command = [sshd(), "-D", "-e", "-f", str(self.folder / "sshd_config")]
-        self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment())
+        with (self.folder / "sshd.log").open("ab") as log:
+            self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment())
         if onstart:
             (self.folder / "onstart").write_text(onstart)
             with (self.folder / "onstart.log").open("ab") as file:
-                subprocess.Popen(
+                self.script = subprocess.Popen(
                     ["bash", str(self.folder / "onstart")],
                     cwd=self.home,
                     stdin=subprocess.DEVNULL,
@@ -143,10 +143,11 @@ class LoopbackBox:
             for number in living:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
-            if self.server is not None:
-                self.server.kill()
-                self.server.wait()
-                self.server = None
+            for process in (self.server, self.script):
+                if process is not None:
+                    process.kill()
+                    process.wait()
+            self.server = self.script = None
             if not living:
                 return
             time.sleep(0.05)
