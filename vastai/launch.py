@@ -9,6 +9,7 @@ python vastai/launch.py engines NAME --out DIR               files for SkyPilot 
 import argparse
 import functools
 import json
+import math
 import string
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from box import Box, BoxLost, drop_old_checkpoints
-from market import DEAD_STATES, LABEL, MIN_HOURS, ClientError, Ledger, NothingToRent, Offer, Policy, Vast
+from market import DEAD_STATES, LABEL, ClientError, Ledger, NothingToRent, Offer, Policy, Vast
 
 from trainbook.bundles import CHECKSUMS_FILE, build_box
 from trainbook.errors import RunFailed, UserError
@@ -37,6 +38,7 @@ SETUP_FAILED = 90  # onstart.sh: no Python, or pip could not install
 ENDLESS_SECONDS = 10 * 365 * 86400.0
 MARGIN_SECONDS = 60.0  # between two clocks
 SHOWN_OFFERS = 5
+ENGINE_IMAGE, ENGINE_HOURS = "pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime", 24
 ONSTART_CHARACTERS = 4000
 LEFT_RUNNING = "The box goes on without this launcher"
 
@@ -434,15 +436,15 @@ def engines(options: argparse.Namespace) -> int:
     spec = spec_of(options)
     out = options.out / f"{spec.workflow}-engines" if options.out == Path("runs") else options.out
     build_box(spec, out)
-    gpu = spec.accelerator or "T4"
+    price = spec.max_price_per_hour
     values = {
         "name": "".join(letter if letter.isalnum() else "-" for letter in spec.run_id.lower())[:40].strip("-"),
-        "run_id": spec.run_id,
-        "gpu": gpu,
+        "gpu": (spec.accelerator or "T4").replace("_", ""),  # Vast's RTX_4090 is theirs RTX4090
         "nodes": options.nodes,
-        "max_price": spec.max_price_per_hour if spec.max_price_per_hour is not None else "null",
-        "image": "pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime",
-        "hours": f"{parse_duration(spec.time_budget) / 3600 + 1:.0f}" if spec.time_budget else "24",
+        "sky_price": f"  max_hourly_cost: {price}\n" if price is not None else "",
+        "dstack_price": f"max_price: {price}\n" if price is not None else "",
+        "image": ENGINE_IMAGE,
+        "hours": f"{math.ceil(parse_duration(spec.time_budget) / 3600) + 1 if spec.time_budget else ENGINE_HOURS}",
     }
     for template in sorted((HERE / "engines").glob("task.*")):
         path = out / template.name

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import subprocess
 import time
@@ -252,7 +253,7 @@ def _priced(row: dict[str, Any], policy: Policy, interruptible: bool, max_price:
         return Offer(float(row["dph_total"]), None, row)
     disk = float(row.get("storage_cost") or 0) * policy.disk_gb / HOURS_PER_MONTH
     lowest = float(row["min_bid"])
-    bid = min(lowest * policy.bid_factor, max_price - disk)
+    bid = math.floor(1e4 * min(lowest * policy.bid_factor, max_price - disk)) / 1e4  # never more than the cap by rounding
     return Offer(bid + disk, bid, row) if bid >= lowest else None
 
 

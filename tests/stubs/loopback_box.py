@@ -129,11 +129,18 @@ class LoopbackBox:
 
     def processes(self):
         """Process ids of everything that runs on this box."""
-        mark, found = f"TRAINBOOK_LOOPBACK_BOX={self.mark}".encode(), []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        mark, found, parents = f"TRAINBOOK_LOOPBACK_BOX={self.mark}".encode(), set(), {}
+        for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if mark in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if mark in (path / "environ").read_bytes().split(b"\0"):
+                    found.add(int(path.name))
+        # sshd's children write their titles over their environment: known by their parent.
+        grown = self.server is not None
+        while grown:
+            children = {number for number, parent in parents.items() if parent in {*found, self.server.pid}}
+            grown = not children <= found
+            found |= children
         return found
 
     def halt(self):
