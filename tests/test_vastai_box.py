@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.driving import assert_same_run
+from tests.driving import SMALL_DBN, Drive, assert_same_run
 from tests.stubs.loopback_box import LoopbackBox
-from tests.test_vastai_launcher import LONG, Desk, local_run, needs_boxes, until
+from tests.test_vastai_launcher import LONG, Desk, needs_boxes, until
 from trainbook import launching
 from trainbook.errors import UserError
 from trainbook.files import file_sha256, write_json
@@ -55,19 +56,17 @@ def by_ssh(desk, box, *arguments):
 
 @needs_boxes
 def test_a_run_on_a_box_by_ssh_is_the_run_it_would_be_here_and_goes_on_from_what_lies_here(desk, box, tmp_path):
-    """Cut off here after some steps, it is pushed, finished there and pulled, over broken connections."""
-    whole = local_run(desk, "mine")
-    stopped = local_run(desk, "cut", "--time-budget", "0.5s", check=False)
-    assert stopped.summary()["status"] == "stopped"
-    (desk.runs).mkdir()
-    stopped.path.rename(desk.runs / "mine")
-    write_json(desk.run("mine").run_json, {**desk.run("mine").summary(), "run_id": "mine"})
+    """Killed here after some steps, it is pushed, finished there and pulled, over broken connections."""
+    whole, cut = Drive(tmp_path / "whole", "mine"), Drive(desk.runs, "mine", signal_step=60)
+    assert whole() == 0
+    assert cut() == -signal.SIGKILL
     box.fail("255", 2)
-    code, said = desk.launch(*by_ssh(desk, box, "--run-id", "mine"))
+    small = [str(part) for name, value in SMALL_DBN.items() for part in (f"--{name.replace('_', '-')}", value)]
+    code, said = desk.launch(*by_ssh(desk, box, "--run-id", "mine", *small))
     assert code == 0
     assert "to go on from step" in said
-    assert_same_run(desk.run("mine"), whole)
-    assert desk.launch(*by_ssh(desk, box, "--run-id", "mine"))[1].startswith("complete")
+    assert_same_run(desk.run("mine"), whole.folder)
+    assert desk.launch(*by_ssh(desk, box, "--run-id", "mine", *small))[1].startswith("complete")
     assert not [name for name in box.processes() if "watchdog" in Path(f"/proc/{name}/cmdline").read_text()]
 
 
@@ -173,7 +172,8 @@ def test_the_key_of_the_box_is_found_where_ssh_sessions_do_not_inherit_it(monkey
 
 def test_the_start_script_fits_vast_and_bash(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(VASTAI)
-    code = "import launch; from trainbook.spec import RunSpec; print(launch.onstart(RunSpec(workflow='timestep_dbn',run_id='x'*200), 1200))"
+    spec = "RunSpec(workflow='timestep_dbn', run_id='x' * 200)"
+    code = f"import launch; from trainbook.spec import RunSpec; print(launch.onstart({spec}, 1200))"
     done = subprocess.run([sys.executable, "-c", code], cwd=VASTAI, capture_output=True, text=True, check=True)
     assert len(done.stdout) < 4000
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)

@@ -175,11 +175,11 @@ def until(condition, seconds=60, launcher=None):
         time.sleep(0.05)
 
 
-def local_run(desk, run_id, *arguments, check=True):
+def local_run(desk, run_id, *arguments):
     """The same run without any launcher."""
     command = [sys.executable, "-m", "trainbook", "run", "timestep_dbn", "--preset", "smoke", "--run-id", run_id, *arguments]
     environment = desk.environment | {"TRAINBOOK_RUNS": str(desk.folder / "local"), "MPLBACKEND": "agg"}
-    subprocess.run(command, env=environment, check=check, capture_output=True, cwd=desk.folder)
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=desk.folder)
     return RunFolder(desk.folder / "local" / run_id)
 
 
