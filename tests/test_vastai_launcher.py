@@ -87,7 +87,7 @@ class Desk:
 
     def command(self, *arguments):
         own = ["--policy", self.folder / "offers.toml", "--identity", self.home / "id", "--out", self.runs]
-        return [str(part) for part in (sys.executable, LAUNCH, *arguments, *(() if arguments[0] == "reap" else own))]
+        return [str(part) for part in (sys.executable, LAUNCH, *(() if arguments[0] == "reap" else own), *arguments)]
 
     def start(self, *arguments):
         with self.output.open("ab") as file:

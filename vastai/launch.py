@@ -65,6 +65,9 @@ def main(arguments: list[str]) -> int:
             return _report(verdict, run)
     if (process := run.training_process()) is not None:
         raise UserError(f"process {process} is training in {run.path}", "wait for it or stop it first")
+    with tempfile.TemporaryDirectory(prefix="trainbook-") as folder:  # what cannot be built must not cost anything
+        build_box(spec, Path(folder))
+        onstart(spec, 2 * policy.start)
     with Ledger().claim(LABEL + spec.run_id):
         verdict = on_own_box(spec, policy, run, options) if options.ssh else on_rented_boxes(spec, policy, run, options)
     return _report(verdict, run)

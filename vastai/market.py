@@ -143,7 +143,7 @@ class Vast:
         with suppress(ValueError):
             return json.loads(done.stdout)
         if said or done.returncode or done.stdout.strip():
-            with suppress(ValueError, AttributeError):
+            with suppress(ValueError, LookupError, TypeError):
                 said = json.loads(said.splitlines()[-1])["msg"]
             shown = without(done.stdout.strip(), [os.environ.get(KEY, "")])
             last = (said or shown or f"exit code {done.returncode}").splitlines()[-1]

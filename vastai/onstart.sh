@@ -5,6 +5,7 @@
 #   onstart.sh job               what the watchdog starts: make the kit ready and train
 #   onstart.sh status|sums|end   asks the watchdog's program
 wait_seconds=${TRAINBOOK_WAIT_SECONDS:-0}
+export HOME=${HOME:-/root}
 folder=$HOME/trainbook/${TRAINBOOK_RUN_ID:?}
 mkdir -p "$folder" && cd "$folder" || exit 1
 
