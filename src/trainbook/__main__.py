@@ -143,6 +143,7 @@ def resume(options: argparse.Namespace) -> int:
         print(f"{folder.path.name} is complete: {folder.report}")
         return 0
     if options.step is not None:
+        runtime.detect()  # a device that does not work is said before anything is changed
         go_back(folder, options.step)
     runtime.export(runs=str(folder.path.parent))
     return _execute(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"])

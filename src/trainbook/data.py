@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -166,9 +168,17 @@ class _BatchOfStep(Dataset):
     def __getitem__(self, step: int) -> Any:
         b = self._batches
         indices = batch_indices(b._seed, step, b._number, b.batch_size).tensor_split(self._size)[self._rank]
-        with torch.random.fork_rng(devices=[]):  # read in the training process it may not disturb that one's numbers
-            torch.default_generator.manual_seed(step_seed(b._seed, step, self._rank) ^ READING)
-            return default_collate([b._source[index] for index in indices.tolist()])
+        seed = step_seed(b._seed, step, self._rank) ^ READING
+        others = random.getstate(), np.random.get_state()  # read in the training process it may not disturb that one's numbers
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed & 0xFFFFFFFF)
+                return default_collate([b._source[index] for index in indices.tolist()])
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -40,17 +40,20 @@ def is_divided() -> bool:
 
 
 @contextmanager
-def joined(kind: str = "copies") -> Iterator[None]:
+def joined(kind: str = "copies", device: str = "cpu") -> Iterator[None]:
     """Be one of the processes that torchrun started, as its environment says; leaves the group at the end.
 
     Tensors on a CPU travel through gloo, those on a GPU through NCCL.
 
     Args:
         kind: what each keeps of the weights, see `parallel`.
+        device: this process's own.
     """
     global _parallel
     _parallel = kind
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
@@ -128,17 +131,27 @@ def replicate(module: nn.Module) -> nn.Module:
 def shard(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Let every process keep a slice of each parameter (FSDP2), in place; the optimizer follows.
 
-    A child that has parameters is gathered and freed on its own, so that a model larger than one card fits.
+    A child that has parameters is gathered and freed on its own, so that a step needs the weights of one child at a time.
     """
     from torch.distributed.fsdp import fully_shard  # takes a second to import, and few runs need it
 
     before = list(module.parameters())
-    for child in module.children():
+    for child in _children(module):
         if any(True for _ in child.parameters()):
             fully_shard(child)
-    fully_shard(module)
+    # By default the root stays gathered after a forward pass: an average that is only measured would be measured as it was.
+    fully_shard(module, reshard_after_forward=True)
     if optimizer is not None:
         follow(optimizer, before, module)
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children, and in place of a list or dict of modules, which has no forward pass, those in it."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _children(child)
+        else:
+            yield child
 
 
 def follow(optimizer: torch.optim.Optimizer, before: list[Tensor], module: nn.Module) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger("trainbook")
 FLUSH_SECONDS = 1.0  # records wait this long at most before they are checked and written
 SYSTEM_SECONDS = 5.0  # between two readings of the machine
 AGREEMENT_SECONDS = 0.2  # several processes agree about this often on whether to save or to stop
+AGREEMENT_STEPS = 16  # and at least this often: a slow stage may follow a quick one
 PROGRESS_SECONDS = 2.0  # a notebook keeps every refresh: twelve hours at ten a second would be a 90 MB file
 
 
@@ -61,6 +62,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         try:
             self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)  # one that came while a worker was loading is answered now
         except ValueError:
             logger.debug("not in the main thread: signals do not stop this run")
         return self
@@ -198,7 +200,8 @@ class Engine:
             return stop, save
         if state.step < self._agree_at:
             return "", False
-        several = distributed.largest_of([bool(stop), save, max(1, round(pace * AGREEMENT_SECONDS))])
+        steps = min(max(1, round(pace * AGREEMENT_SECONDS)), AGREEMENT_STEPS)
+        several = distributed.largest_of([bool(stop), save, steps])
         self._agree_at = state.step + int(several[2])
         return (stop or "another process was told to stop") if several[0] else "", bool(several[1])
 

@@ -131,5 +131,5 @@ def planned_rates(state: TrainState, points: int = 500) -> dict[str, tuple[list[
     """Steps and learning rates of each stage that trains by gradient, at so many points or fewer."""
     parts = {name: part.stepper if isinstance(part, Stage) else part for name, part in state.stateful.items()}
     steppers = {name: part for name, part in parts.items() if isinstance(part, Stepper)}
-    steps = {name: list(range(0, s.total_steps, max(1, s.total_steps // points))) for name, s in steppers.items()}
+    steps = {name: list(range(0, s.total_steps, -(-s.total_steps // points))) for name, s in steppers.items()}
     return {name: (steps[name], [learning_rate(s.config, k, s.total_steps) for k in steps[name]]) for name, s in steppers.items()}

@@ -357,8 +357,11 @@ class Stepper:
         buffers = self._buffers_now()
         while True:
             self.optimizer.zero_grad()
+            number = self.accumulation
+            if distributed.parallel() == "slices":  # they gather weights together: as many micro-batches in each
+                number = min(number, max(1, global_size // distributed.replicas()))
             try:
-                return self._accumulate(split_batch(batch, self.accumulation), loss_function, global_size)
+                return self._accumulate(split_batch(batch, number), loss_function, global_size)
             except RuntimeError as error:
                 together = distributed.size() > 1  # the others already wait for this process's gradient
                 if together or not _out_of_memory(error) or self.accumulation >= batch_size(batch):

@@ -20,6 +20,7 @@ from trainbook.records import RunFolder
 from trainbook.runtime import group_environment
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None)
 
 
 def train_in_processes(
@@ -31,7 +32,7 @@ def train_in_processes(
     Should this process die, they are told to stop.
 
     Args:
-        folder: with the run's config; not locked by this process.
+        folder: with the run's config, claimed by this process; the others keep it claimed if this one dies.
         workflow: dotted name of its module.
         number: of processes.
         deadline: `time.monotonic()` value at which they save and stop, or None.
@@ -45,33 +46,43 @@ def train_in_processes(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     bar = "progress" if progress else "quiet"
     worker = ["-m", "trainbook.worker", workflow, str(folder.path), str(checkpoint_seconds), bar]
-    libc = ctypes.CDLL(None)
     with (
         StopSignals() as signals,
         subprocess.Popen(
             torchrun + worker,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=group_environment(None if deadline is None else deadline - time.monotonic(), number),
+            env=group_environment(deadline, number),
             start_new_session=True,  # a notebook's interrupt goes to its whole process group; here it goes through us
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            pass_fds=[folder.lock_descriptor],
+            preexec_fn=die_with_parent,
         ) as launcher,
     ):
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         os.set_blocking(launcher.stdout.fileno(), False)
         told = False
-        while True:
-            chunk = launcher.stdout.read()
-            if chunk:
-                sys.stderr.write(decode(chunk))
-                sys.stderr.flush()
-            elif launcher.poll() is not None:
-                break
-            else:
-                time.sleep(0.1)
-            if signals.received and not told and (first := folder.training_process()) is not None:
-                os.kill(first, signal.SIGTERM)
-                told = True
+        try:
+            while True:
+                ended = launcher.poll() is not None  # asked first, so that its last words are read
+                chunk = launcher.stdout.read()
+                if chunk:
+                    sys.stderr.write(decode(chunk))
+                    sys.stderr.flush()
+                elif ended:
+                    break
+                else:
+                    time.sleep(0.1)
+                first = folder.training_process()
+                if signals.received and not told and first not in (None, os.getpid()):  # else they are still starting
+                    os.kill(first, signal.SIGTERM)
+                    told = True
+        except BaseException:  # a second Ctrl-C
+            launcher.terminate()  # torchrun gives its processes 30 seconds to save and stop
+            os.set_blocking(launcher.stdout.fileno(), True)
+            while launcher.stdout.read(1 << 16):  # what they still say must find a reader
+                pass
+            launcher.wait()
+            raise
     if not folder.outcome.exists():
         raise RunFailed(f"a training process died without a word (torchrun's exit code {launcher.returncode}); see {folder.log}")
     ending = read_json(folder.outcome)
@@ -79,6 +90,11 @@ def train_in_processes(
     if ending["status"] == "failed":
         raise RunFailed(ending["why"])
     return Outcome(**ending)
+
+
+def die_with_parent() -> None:
+    """Have this process told to stop when the one that started it dies."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:

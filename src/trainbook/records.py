@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import subprocess
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ logger = logging.getLogger("trainbook")
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3, "running": 3}
 BAD_INPUT = 2
+LOCK_ATTEMPTS = 50
 REVISION_FILE = "revision.txt"  # in the kit that a bundle carries
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -117,12 +119,13 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 self.check(config)
             else:
-                self.path.mkdir(parents=True, exist_ok=True)
-                for name, place in (elsewhere or {}).items():
+                for name, place in (elsewhere or {}).items():  # all are checked before anything is made
                     if (place / self.path.name).exists() and any((place / self.path.name).iterdir()):
                         raise UserError(
                             f"{place / self.path.name} holds the {name} of an earlier run", "choose another --run-id, or move it"
                         )
+                self.path.mkdir(parents=True, exist_ok=True)
+                for name, place in (elsewhere or {}).items():
                     (place / self.path.name).mkdir(parents=True, exist_ok=True)
                     (self.path / name).symlink_to((place / self.path.name).absolute(), target_is_directory=True)
                 write_json(self.config, config)
@@ -156,22 +159,33 @@ class RunFolder:
         raise UserError(f"{self.path} holds a run with {difference}", "choose another --run-id, or `trainbook resume` that run")
 
     def lock(self) -> None:
-        """Claim the folder for this process until it ends.
+        """Claim the folder for this process until it ends, and for those that inherit `lock_descriptor`.
 
         Raises:
             UserError: when another process is training there.
         """
         self._lock = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:  # somebody trains, or only looks whether somebody does
+                process = self.training_process()
+                if process is None and attempt < LOCK_ATTEMPTS - 1:
+                    time.sleep(0.01)
+                    continue
             self._lock.close()
-            raise UserError(
-                f"process {self.training_process()} is training in {self.path}", "wait for it or stop it first"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+            raise UserError(f"process {process} is training in {self.path}", "wait for it or stop it first")
+        self.sign()
+
+    @property
+    def lock_descriptor(self) -> int:
+        """Of the file that is locked; the folder stays claimed while a process has it open."""
+        return self._lock.fileno()
+
+    def sign(self) -> None:
+        """Let stop requests for whoever claimed the folder go to this process."""
+        (self.path / "lock").write_text(str(os.getpid()))
 
     def unlock(self) -> None:
         """Give the folder back."""

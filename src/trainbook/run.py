@@ -80,7 +80,7 @@ def prepare(
     runtime = detect()
     configure_logging(runtime.log_level)
     if runtime.processes > 1 and not config.DATA_PARALLEL:
-        logger.warning("%s trains in one process; the other %d stay idle", name, runtime.processes - 1)
+        logger.warning("%s trains in one process, whatever --processes says", name)
         runtime = replace(runtime, processes=1)
     if group_size() > 1 and not config.DATA_PARALLEL:
         raise UserError(f"{name} trains in one process", "start it without torchrun")
@@ -236,14 +236,13 @@ class Run:
 
     def _train_in_processes(self, checkpoint_seconds: float, progress: bool) -> Outcome:
         """Let other processes train, then take up what they reached."""
-        self.folder.unlock()  # the first of them claims it
         try:
             module = self.workflow.module.__name__
             outcome = train_in_processes(
                 self.folder, module, self.runtime.processes, self.runtime.deadline, checkpoint_seconds, progress
             )
         finally:
-            self.folder.lock()
+            self.folder.sign()
             load_newest_checkpoint(self.folder.checkpoints, self.state, self.runtime.device)
         self.state.total_steps = outcome.total_steps
         return outcome

@@ -22,6 +22,7 @@ PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRA
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
 MIRROR = "TRAINBOOK_MIRROR"
+DEADLINE = "TRAINBOOK_DEADLINE"  # `time.monotonic()` value, the same in all processes of a machine; for those that a run starts
 # The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
 SETTINGS = {
     "runs": RUNS,
@@ -211,11 +212,11 @@ def leave_group() -> None:
             del os.environ[name]
 
 
-def group_environment(time_left: float | None, processes: int) -> dict[str, str]:
-    """The environment of processes that train a run together: this one's, the time that is left, and their share of cores."""
+def group_environment(deadline: float | None, processes: int) -> dict[str, str]:
+    """The environment of processes that train a run together: this one's, its deadline, and their share of cores."""
     own = dict(os.environ)
     own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    return own | ({} if time_left is None else {TIME_BUDGET: f"{max(time_left, 0):.1f}s"})
+    return own | ({} if deadline is None else {DEADLINE: str(deadline)})
 
 
 def parse_duration(text: str) -> float:
@@ -273,6 +274,9 @@ def _device(wanted: str) -> tuple[str, str]:
         return "cpu", f"{DEVICE}=cpu"
     own = os.environ.get("LOCAL_RANK", "0") if group_size() > 1 else "0"
     name = f"cuda:{own}" if wanted in ("auto", "cuda") else wanted
+    number = torch.cuda.device_count()
+    if group_size() > 1 and name == f"cuda:{own}" and int(own) >= number:
+        raise UserError(f"process {own} finds only {number} GPUs", f"use --processes {max(number, 1)}, or --device cpu")
     try:
         # is_available() is true where the wheel has no kernels for the card: only an operation tells.
         torch.ones(8, device=name).sum().item()
@@ -354,6 +358,8 @@ def _mirror_folder() -> Path | None:
 
 
 def _time_budget(where: str) -> tuple[float | None, str]:
+    if os.environ.get(DEADLINE):
+        return float(os.environ[DEADLINE]) - time.monotonic(), "what is left to the run"
     if os.environ.get(TIME_BUDGET):
         return parse_duration(os.environ[TIME_BUDGET]), f"{TIME_BUDGET}={os.environ[TIME_BUDGET]}"
     if where == "kaggle":
