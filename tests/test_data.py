@@ -1,3 +1,7 @@
+import random
+
+import numpy as np
+
 """Batch order: a function of (seed, step), each epoch a permutation, whoever reads the batches."""
 
 import pytest
@@ -49,17 +53,21 @@ def test_content_digest_sees_values_shapes_and_types():
 VALUES = torch.arange(26.0) ** 2  # no two alike
 
 
-class Squares(Dataset):
-    """Entry i is VALUES[i], with a random shift when asked for."""
+DRAWS = {"torch": lambda: torch.rand(()), "random": random.random, "numpy": np.random.rand}
 
-    def __init__(self, shifted=False):
+
+class Squares(Dataset):
+    """Entry i is VALUES[i], with a shift drawn from one of DRAWS when asked for."""
+
+    def __init__(self, shifted=""):
         self.shifted = shifted
 
     def __len__(self):
         return len(VALUES)
 
     def __getitem__(self, index):
-        return {"value": VALUES[index] + (torch.rand(()) if self.shifted else 0.0), "pair": (index, -index)}
+        shift = DRAWS[self.shifted]() if self.shifted else 0.0
+        return {"value": VALUES[index] + shift, "pair": (index, -index)}
 
 
 @pytest.mark.parametrize("first", [0, 3, 11])  # 26 examples: epochs of three batches of 8
@@ -78,12 +86,14 @@ def test_tensors_and_a_data_set_are_read_in_the_order_of_batch_indices(first):
         assert torch.equal(batches(1)["value"], VALUES[batch_indices(4, 1, 26, 8)])  # back to any step
 
 
-def test_random_augmentation_depends_on_the_step_alone():
+@pytest.mark.parametrize("library", DRAWS)
+def test_random_augmentation_depends_on_the_step_alone(library):
     def shifts(first, workers):
-        batches = Batches(Squares(shifted=True), seed=4, batch_size=8, workers=workers)
+        batches = Batches(Squares(shifted=library), seed=4, batch_size=8, workers=workers)
         found = []
         for step in range(first, 7):
-            torch.manual_seed(step + 100 * workers)  # whatever the training process drew before
+            for seed in (torch.manual_seed, random.seed, np.random.seed):
+                seed(step + 100 * workers)  # whatever the training process drew before
             found.append(batches(step)["value"] - VALUES[batch_indices(4, step, 26, 8)])
         return torch.cat(found)
 
@@ -97,12 +107,14 @@ def test_random_augmentation_depends_on_the_step_alone():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_batches_leaves_the_random_numbers_of_the_training_alone(workers):
-    batches = Batches(Squares(shifted=True), seed=4, batch_size=8, workers=workers)
+    batches = Batches(Squares(shifted="torch"), seed=4, batch_size=8, workers=workers)
     seed_step(4, 2)
     before = torch.get_rng_state()
+    others = random.getstate(), np.random.get_state()[1].tolist()
     batches(2)
     batches(3)
     assert torch.equal(torch.get_rng_state(), before)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
 
 
 @pytest.mark.parametrize("source", [{"value": VALUES}, Squares()], ids=["tensors", "data set"])
