@@ -21,8 +21,8 @@ from trainbook.records import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "vastai" / "launch.py"
 ACCOUNT_KEY = "account-key-that-nobody-may-see-0123456789"
-# Some seconds of training with a checkpoint twice a second: long enough to be cut off in the middle.
-LONG = ["--baseline-epochs", "150", "--epochs-per-timestep", "60", "--checkpoint-every", "0.3s"]
+# Half a minute of training with some checkpoints a second: long enough to be cut off in the middle on a busy machine, too.
+LONG = ["--baseline-epochs", "400", "--epochs-per-timestep", "60", "--checkpoint-every", "0.3s"]
 POLICY = """
 [offers]
 query = ["reliability>0.98", "direct_port_count>=1", "num_gpus=1", "compute_cap>=700"]

@@ -164,7 +164,8 @@ class Box:
 
     def start(self) -> None:
         """Start the watchdog, which starts the job; does nothing where one is at work."""
-        self.run(f"cd {self.folder} && setsid bash onstart.sh </dev/null >>onstart.log 2>&1 & sleep 0.2")
+        # The braces leave no shell behind that would hold the connection open until the run ends.
+        self.run(f"cd {self.folder} && {{ setsid bash onstart.sh </dev/null >>onstart.log 2>&1 & }}; sleep 0.2")
 
     def status(self) -> tuple[dict[str, Any], str]:
         """What the watchdog's program says, and what is new in the job's log."""
