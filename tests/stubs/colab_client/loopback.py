@@ -37,7 +37,6 @@ def new(name):
         "argv": [os.environ["KERNEL_PYTHON"], "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "Python 3",
         "language": "python",
-        "env": {"PYTHONPATH": str(root / "site")},
     }
     (kernels / "kernel.json").write_text(json.dumps(kernel))
     with socket.socket() as free:
@@ -55,6 +54,7 @@ def new(name):
     }
     arguments = [f"--ServerApp.{key}={value}" for key, value in settings.items()] + ["--IdentityProvider.token="]
     environment = machine_environment(content) | {
+        "PYTHONPATH": str(root / "site"),  # not in kernel.json: the kernel that trains takes its own from the kit
         "JUPYTER_PATH": str(root / "jupyter"),
         "JUPYTER_RUNTIME_DIR": str(root / "runtime"),
         "JUPYTER_CONFIG_DIR": str(root / "config"),
