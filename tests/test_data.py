@@ -1,9 +1,8 @@
+"""Batch order: a function of (seed, step), each epoch a permutation, whoever reads the batches."""
+
 import random
 
 import numpy as np
-
-"""Batch order: a function of (seed, step), each epoch a permutation, whoever reads the batches."""
-
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -145,7 +144,7 @@ def test_the_shares_of_three_processes_make_up_the_global_batch(source, scaling,
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("source", [{"value": VALUES}, Squares(shifted=True)], ids=["tensors", "data set"])
+@pytest.mark.parametrize("source", [{"value": VALUES}, Squares(shifted="torch")], ids=["tensors", "data set"])
 def test_each_stage_of_a_pipeline_sees_what_one_process_sees(source, monkeypatch):
     alone = Batches(source, 4, 8)(1)["value"]
     monkeypatch.setattr(distributed, "size", lambda: 3)
@@ -160,6 +159,6 @@ def test_processes_augment_differently(monkeypatch):
     shifts = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        share = Batches(Squares(shifted=True), 4, 8)(0)["value"]
+        share = Batches(Squares(shifted="torch"), 4, 8)(0)["value"]
         shifts.append(share - VALUES[batch_indices(4, 0, 26, 8).view(2, 4)[rank]])
     assert not torch.isclose(*shifts).any()
