@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.optim import lr_scheduler
 
 from tests.driving import assert_identical
-from trainbook import optim, runtime
+from trainbook import distributed, optim, runtime
 from trainbook.errors import RunFailed, UserError
 from trainbook.optim import LossStatistics, Stepper, averaged_copy, learning_rate, make_optimizer, parameter_groups, split_batch
 from trainbook.optimization import OptimizationConfig
@@ -994,3 +994,19 @@ def test_patience_without_validation_is_refused():
     with pytest.raises(ValueError, match="set validate_every"):
         OptimizationConfig(patience=3)
     assert OptimizationConfig(patience=3, validate_every=10).patience == 3
+
+
+def test_a_weight_that_the_loss_does_not_use_is_named_before_other_processes_wait_for_it(monkeypatch):
+    network = small_network()
+    network.add_module("idle", nn.Linear(2, 2))
+    stepper = stepper_of(network)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match=r"idle\.weight, idle\.bias"):
+        stepper._rehearse(network, examples(4), lambda module, batch: loss_of(module[:-1], batch))
+
+
+def test_shared_weights_cannot_be_cut_into_slices():
+    tied = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(UserError, match="share a weight"):
+        distributed.shard(tied)

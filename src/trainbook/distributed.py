@@ -4,6 +4,7 @@ Everything here also works in a single process, where it changes nothing.
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from trainbook.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
 
@@ -135,10 +138,12 @@ def shard(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     """
     from torch.distributed.fsdp import fully_shard  # takes a second to import, and few runs need it
 
-    before = list(module.parameters())
-    for child in _children(module):
-        if any(True for _ in child.parameters()):
-            fully_shard(child)
+    before, children = list(module.parameters()), [child for child in _children(module) if any(True for _ in child.parameters())]
+    owners = Counter(id(p) for child in children for p in {id(p): p for p in child.parameters()}.values())
+    if any(number > 1 for number in owners.values()):
+        raise UserError("two parts of the model share a weight, which cannot be cut for both", "choose --parallel copies")
+    for child in children:
+        fully_shard(child)
     # By default the root stays gathered after a forward pass: an average that is only measured would be measured as it was.
     fully_shard(module, reshard_after_forward=True)
     if optimizer is not None:

@@ -320,6 +320,8 @@ class Stepper:
                     with self._autocast:
                         loss, _ = _loss_and_means(loss_function(module, split_batch(batch, self.accumulation)[0]))
                     loss.backward()
+                    if distributed.size() > 1:
+                        self._check_all_used()
                 except RuntimeError as error:
                     if not _out_of_memory(error) or self.accumulation >= batch_size(batch):
                         raise
@@ -329,6 +331,15 @@ class Stepper:
             if not distributed.largest_of([failed])[0]:
                 return
             self._use_less_memory()
+
+    def _check_all_used(self) -> None:
+        """Copies average their gradients while they come: one that never comes would be waited for."""
+        unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise UserError(
+                f"the loss does not depend on {', '.join(unused[:5])}",
+                "freeze what is not trained with requires_grad_(False), or train in one process",
+            )
 
     def _buffers_now(self) -> list[Tensor]:
         return [buffer.clone() for buffer in self.module.buffers()]

@@ -276,7 +276,7 @@ class Run:
     def _check_data(self, earlier: dict[str, Any]) -> None:
         recorded = earlier.get("data", {}).get("sha256", self.data.sha256)
         if recorded != self.data.sha256:
-            self.folder.unlock()
+            self.leave()
             raise UserError(
                 f"{self.run_id} was started on other data: SHA-256 {recorded[:12]}..., now {self.data.sha256[:12]}...",
                 "put the data back as it was, or start a new run",
