@@ -16,10 +16,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Every test has its own working folder and run folders, and no setting of the person who runs it."""
+    before = dict(os.environ)
     for name in runtime.SETTINGS.values():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(runtime.RUNS, str(tmp_path / "runs"))
+        os.environ.pop(name, None)
+    os.environ[runtime.RUNS] = str(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.clear()  # a command line hands its options to its children through the environment
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
