@@ -247,6 +247,20 @@ def test_a_session_that_leaves_nothing_has_failed(tmp_path, capsys):
     assert "why" in capsys.readouterr().err
 
 
+def test_a_session_that_leaves_only_what_it_was_given_has_failed(tmp_path):
+    same = {"status": "stopped", "segments": [("a", 0, 5)]}
+    launch = launch_of(
+        tmp_path,
+        account=[quota(20)],
+        version=[0],
+        push=[ACCEPTED],
+        status=states("RUNNING", "COMPLETE", "RUNNING", "ERROR"),
+        pull=leaves(same, same),
+    )
+    assert launch.run(3, wait=True) == 1
+    assert launch.client.calls.count("push") == 2
+
+
 @pytest.mark.parametrize(("other", "said"), [({"run_id": "yours"}, "not mine"), ({"config_sha256": "0"}, "another config")])
 def test_what_another_run_left_is_refused(other, said, tmp_path):
     launch = launch_of(

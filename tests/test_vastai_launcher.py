@@ -205,6 +205,7 @@ def test_a_run_is_rented_run_pulled_verified_and_the_rental_ended(desk, vast):
 @pytest.mark.platforms
 def test_outbid_in_the_middle_it_goes_on_elsewhere_and_ends_as_if_nothing_had_been(desk, vast):
     launcher = desk.start(*rent(desk, "--run-id", "mine", "--interruptible", *LONG))
+    until(desk.run("mine").run_json.exists, launcher=launcher)  # pulled once, whole: the chain of segments is in there
     until(lambda: (whole_checkpoint(desk.run("mine")) or 0) > 20, launcher=launcher)
     vast.outbid(7001)
     assert launcher.wait(180) == 0, desk.output.read_text()
