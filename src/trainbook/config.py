@@ -27,6 +27,7 @@ class BaseConfig(BaseModel):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}, "laptop": {}, "full": {}}
     DATA_PARALLEL: ClassVar[bool] = False  # whether several processes can share a batch of this workflow
     BRIEF_NAMES: ClassVar[dict[str, str]] = {}  # what the training brief calls a field, to the field
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = ("initial_weights",)  # name files or folders that travel with a run
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of every random number of the run."""

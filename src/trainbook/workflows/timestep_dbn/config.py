@@ -32,6 +32,8 @@ class Config(BaseConfig):
         "mixed_precision": "precision",
     }
 
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = (*BaseConfig.FILE_FIELDS, "data_file")
+
     dataset: Literal["digits", "cifar10_airplane", "file"] = "digits"
     """digits: scikit-learn's 1,797 real 8x8 images; cifar10_airplane: downloaded by torchvision; file: see data_file."""
     data_file: str = ""
