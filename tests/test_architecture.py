@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
     {"errors"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab"},
     {
         "state",
@@ -21,11 +21,18 @@ ROWS = [
         "monitor",
         "events",
         "layers",
-        "optim",
+        "schedule",
+        "optimizer",
+        "losses",
+        "gradients",
+        "averaging",
+        "spikes",
         "weights",
         "attention",
         "augmentation",
     },
+    {"accumulation"},
+    {"stepper"},
     {"fitting"},
     {"engine", "handover"},
     {"workflows", "mirror"},

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from trainbook.data import Data, batch_indices
 from trainbook.errors import RunFailed, UserError
-from trainbook.optim import Stepper
 from trainbook.runtime import Runtime
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
+from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn import autoencoder as ae
 from trainbook.workflows.timestep_dbn import chain as chain_module
 from trainbook.workflows.timestep_dbn import evaluation

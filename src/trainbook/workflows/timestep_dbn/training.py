@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from trainbook.data import Batches, Data
 from trainbook.errors import RunFailed
 from trainbook.fitting import Stage
-from trainbook.optim import Stepper, learning_rate
 from trainbook.records import Record
 from trainbook.runtime import Runtime
+from trainbook.schedule import learning_rate
 from trainbook.state import TrainState
+from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
