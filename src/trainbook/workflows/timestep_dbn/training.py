@@ -25,6 +25,7 @@ from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.self_test import check_computation
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
 BLOCKS = "blocks"
@@ -108,12 +109,20 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
-    """Train stage after stage from `state.step`; yields once per step.
+    """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when some timestep made no update in an epoch, or in the whole run.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch, or in the whole run.
         UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
+    deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
+    for record in _train_stages(config, data, state):
+        if state.step == 1:
+            record.metrics["self_test"] = deviations
+        yield record
+
+
+def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     plan = _plan(config, data, state)
     if config.autoencoder and state.step == 0:
         check_codes(state.modules[AUTOENCODER], config, data.valid["images"])
