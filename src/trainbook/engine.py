@@ -99,6 +99,7 @@ class Engine:
     _saving: Future | None = None
     _saving_step: int = 0
     _agree_at: int = 0
+    _hinted: set[str] = field(default_factory=set)
 
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
@@ -218,6 +219,10 @@ class Engine:
         """Check and write the records since the last time; returns the numbers of the last one that had any."""
         lines, numbers = [], {}
         for step, stage, record in self._pending:
+            for kind, text in record.metrics.get("hints", {}).items():
+                if kind not in self._hinted:  # once a session; the records have it every time
+                    self._hinted.add(kind)
+                    logger.warning("hint at step %d, %s: %s", step, kind, text)
             values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in record.metrics.items()}
             bad = [name for name, value in values.items() if not _is_finite(value)]
             if bad:

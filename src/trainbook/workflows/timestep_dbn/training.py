@@ -22,6 +22,7 @@ from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, Independen
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
@@ -208,6 +209,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
             state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
             metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
+            metrics["hints"] = hints(metrics)
         block_step += 1
         state.step += 1
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
@@ -308,6 +310,8 @@ def _epoch_metrics(
     still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    beta = schedule.beta[start + 1 : stop + 1]
+    alive = [health(b, z, bias, f, beta) for b, z, f, bias in valid]
     named = {
         "reconstruction_error": errors,
         "pseudo_likelihood": likelihoods,
@@ -318,6 +322,8 @@ def _epoch_metrics(
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},
         **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
+        "dead_bits_by_level": dead_bits(codes["train"]),
     }
 
 
