@@ -113,7 +113,7 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when the self-test fails, or some timestep made no update in an epoch, or in the whole run.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch.
         UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
     deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
@@ -133,7 +133,6 @@ def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Rec
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
             yield from _train_chain(config, data, codes, state)
-        state.stateful[BLOCKS].check_all_trained()
         if config.optimizer == "adam":
             release(state.optimizers["dbn"], 0)
         yield from _train_baselines(config, codes["train"], state, _plan(config, data, state))
