@@ -31,6 +31,8 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 @torch.no_grad()
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
     """Reconstructions, schedule, samples over t, convergence, free-energy gap, bit errors."""
+    if config.stage == "autoencoder":
+        return {"reconstruction": draw_reconstruction(data, state)}
     device = data.test["images"].device
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
     test = encode_all(state.modules["autoencoder"], data.test["images"][: config.evaluation_images])

@@ -1,30 +1,36 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainbook.data import Batches, Data
-from trainbook.errors import RunFailed
+from trainbook.errors import RunFailed, is_out_of_memory
 from trainbook.fitting import Stage
+from trainbook.monitor import free_memory_bytes
 from trainbook.records import Record
 from trainbook.runtime import Runtime
 from trainbook.schedule import learning_rate
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
+from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
+from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.self_test import check_computation
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
-CPU_TILE = 10  # timesteps stepped at once on a CPU, so that what a step makes stays in the cache
-METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
+BLOCKS = "blocks"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
 
 
@@ -39,15 +45,16 @@ class Plan:
     baseline_steps: int
 
     @classmethod
-    def of(cls, config: Config, num_images: int) -> "Plan":
-        """The plan of a run."""
-        steps, size = num_images // config.batch_size, config.block_timesteps
+    def of(cls, config: Config, num_images: int, bounds: Sequence[int] = ()) -> "Plan":
+        """The plan of a run; `bounds` of the blocks are the config's where they are not given."""
+        steps = num_images // config.batch_size
+        bounds = bounds or [*range(0, config.timesteps, config.block_timesteps), config.timesteps]
         return cls(
             steps_per_epoch=steps,
-            autoencoder_steps=steps * config.autoencoder_epochs,
+            autoencoder_steps=0 if config.autoencoder else steps * config.autoencoder_epochs,
             block_steps=steps * config.epochs_per_timestep,
-            blocks=[(start, min(start + size, config.timesteps)) for start in range(0, config.timesteps, size)],
-            baseline_steps=steps * config.baseline_epochs,
+            blocks=[] if config.stage == AUTOENCODER else list(pairwise(bounds)),
+            baseline_steps=0 if config.stage == AUTOENCODER else steps * config.baseline_epochs,
         )
 
     @property
@@ -64,11 +71,21 @@ class Plan:
 def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     """Modules and optimizers of a run, on the runtime's device."""
     images = data.train["images"]
+    autoencoder = BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width).to(runtime.device)
+    stateful: dict[str, Any] = {}
+    if not config.autoencoder:
+        optimization = config.optimization(config.autoencoder_learning_rate)
+        stateful[AUTOENCODER] = Stage(
+            AUTOENCODER, autoencoder, optimization, len(images) // config.batch_size * config.autoencoder_epochs
+        )
+    if config.stage == AUTOENCODER:
+        total = Plan.of(config, len(images)).total_steps
+        return TrainState({AUTOENCODER: autoencoder}, {}, stateful, total_steps=total, stage=AUTOENCODER)
     sizes = level_sizes(images.shape[2:], config.code_channels)
     dbn = TimestepDBN(config, sizes)
     num_parameters = sum(p.numel() for p in dbn.parameters())
     modules: dict[str, nn.Module] = {
-        "autoencoder": BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width),
+        AUTOENCODER: autoencoder,
         "dbn": dbn,
         "monolithic_rbm": monolithic_rbm(sum(sizes), num_parameters, config.batch_size),
         "small_rbm": small_rbm(sum(sizes), config.batch_size),
@@ -77,35 +94,56 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     }
     for module in modules.values():
         module.to(runtime.device)
-    plan = Plan.of(config, len(images))
-    optimization = config.optimization(config.autoencoder_learning_rate)
-    stateful = {
-        AUTOENCODER: Stage(AUTOENCODER, modules["autoencoder"], optimization, plan.autoencoder_steps),
-        "logistic_chain": Stepper(
-            modules["logistic_chain"], config.optimization(config.baseline_learning_rate), plan.baseline_steps
-        ),
-    }
+    free_bytes = free_memory_bytes(runtime.device, runtime.memory_limit)
+    num_images = len(images) + len(data.valid["images"])
+    stateful[BLOCKS] = Blocks(config, dbn, num_images, runtime.device == "cpu", free_bytes)
+    plan = Plan.of(config, len(images), stateful[BLOCKS].bounds)
+    stateful["logistic_chain"] = Stepper(
+        modules["logistic_chain"], config.optimization(config.baseline_learning_rate), plan.baseline_steps
+    )
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
         optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
-    return TrainState(modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER)
+    return TrainState(
+        modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
+    )
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
-    """Train stage after stage from `state.step`; yields once per step.
+    """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when some timestep made no update in an epoch.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch.
+        UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
-    plan = Plan.of(config, len(data.train["images"]))
+    deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
+    for record in _train_stages(config, data, state):
+        if state.step == 1:
+            record.metrics["self_test"] = deviations
+        yield record
+
+
+def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
+    plan = _plan(config, data, state)
+    if config.autoencoder and state.step == 0:
+        check_codes(state.modules[AUTOENCODER], config, data.valid["images"])
     if state.step < plan.autoencoder_steps:
         yield from _train_autoencoder(config, data, state)
     if state.step < plan.total_steps:
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
-            yield from _train_chain(config, codes, state, plan)
-        yield from _train_baselines(config, codes["train"], state, plan)
+            yield from _train_chain(config, data, codes, state)
+        if config.optimizer == "adam":
+            release(state.optimizers["dbn"], 0)
+        yield from _train_baselines(config, codes["train"], state, _plan(config, data, state))
+
+
+def _plan(config: Config, data: Data, state: TrainState) -> Plan:
+    """The plan with the blocks that the state says, which memory may have made smaller; keeps `state.total_steps` up to date."""
+    plan = Plan.of(config, len(data.train["images"]), state.stateful[BLOCKS].bounds if BLOCKS in state.stateful else ())
+    state.total_steps = plan.total_steps
+    return plan
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -121,41 +159,60 @@ def _train_autoencoder(config: Config, data: Data, state: TrainState) -> Iterato
     yield from state.stateful[AUTOENCODER].train(state, batches, loss)
 
 
-def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
+def _train_chain(config: Config, data: Data, codes: dict[str, list[Tensor]], state: TrainState) -> Iterator[Record]:
+    """Block after block; where memory runs out the block is halved and goes on from where it is."""
+    planned: Blocks = state.stateful[BLOCKS]
+    planned.announce()
+    state.stage = CHAIN
+    while state.step < (plan := _plan(config, data, state)).chain_end:
+        start = plan.blocks[(state.step - plan.autoencoder_steps) // plan.block_steps][0]
+        try:
+            yield from _train_block(config, codes, state, plan)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        planned.halve(start)  # outside the handler: the traceback held what filled the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        seed_step(config.seed, state.step)  # the step is taken again
+
+
+def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
     dbn: TimestepDBN = state.modules["dbn"]
     device = codes["train"][0].device
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
     batches = Batches(dict(enumerate(codes["train"])), config.seed, config.batch_size)
     optimization = config.optimization(config.learning_rate)
-    state.stage = CHAIN
-    while state.step < plan.chain_end:
-        block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
-        start, stop = plan.blocks[block_index]
-        if block_step == 0:
-            _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
-        views = [rbm_views(level, start, stop) for level in dbn.levels]
-        step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
-        blocks = dbn.blocks(start, stop)
-        tile = CPU_TILE if device.type == "cpu" else stop - start
-        while block_step < plan.block_steps:
-            clean = list(batches(block_step).values())
-            rate = learning_rate(optimization, block_step, plan.block_steps)
-            epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
-            before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
-            updates = [rbm_update(config, view, rate) for view in views]
-            for first in range(start, stop, tile):
-                last = min(first + tile, stop)
-                _update_chain(
-                    config, dbn, clean, schedule, first, last, [u.at(slice(first - start, last - start)) for u in updates]
-                )
-            step_optimizer(rate)
-            block_step += 1
-            state.step += 1
-            metrics: dict[str, Any] = {}
-            if position == 0:
-                metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
-                metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
-            yield Record(metrics, block_step == plan.block_steps, config.batch_size)
+    block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
+    start, stop = plan.blocks[block_index]
+    if config.optimizer == "adam":  # before the next one's gradients come
+        release(state.optimizers["dbn"], stop - start if block_step else 0)
+    if block_step == 0:
+        _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+    views = [rbm_views(level, start, stop) for level in dbn.levels]
+    step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
+    blocks = dbn.blocks(start, stop)
+    tile = CPU_TILE if device.type == "cpu" else stop - start
+    while block_step < plan.block_steps:
+        clean = list(batches(block_step).values())
+        rate = learning_rate(optimization, block_step, plan.block_steps)
+        epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
+        before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
+        updates = [rbm_update(config, view, rate) for view in views]
+        for first in range(start, stop, tile):
+            last = min(first + tile, stop)
+            _update_chain(config, dbn, clean, schedule, first, last, [u.at(slice(first - start, last - start)) for u in updates])
+        step_optimizer(rate)
+        metrics: dict[str, Any] = {}
+        if position == 0:
+            metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
+            state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
+            metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
+            metrics["hints"] = hints(metrics)
+        block_step += 1
+        state.step += 1
+        yield Record(metrics, block_step == plan.block_steps, config.batch_size)
 
 
 @torch.no_grad()
@@ -253,6 +310,8 @@ def _epoch_metrics(
     still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    beta = schedule.beta[start + 1 : stop + 1]
+    alive = [health(b, z, bias, f, beta) for b, z, f, bias in valid]
     named = {
         "reconstruction_error": errors,
         "pseudo_likelihood": likelihoods,
@@ -263,6 +322,8 @@ def _epoch_metrics(
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},
         **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
+        "dead_bits_by_level": dead_bits(codes["train"]),
     }
 
 
