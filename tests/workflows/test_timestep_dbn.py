@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from trainbook.data import Data, batch_indices
 from trainbook.errors import RunFailed, UserError
-from trainbook.optim import Stepper
 from trainbook.runtime import Runtime
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
@@ -37,6 +36,7 @@ from trainbook.workflows.timestep_dbn.baselines import (
 )
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, bound, diffuse, fields, reverse_step
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule, posterior_probability
 from trainbook.workflows.timestep_dbn.images import load_data
 from trainbook.workflows.timestep_dbn.rbm import (
@@ -49,7 +49,7 @@ from trainbook.workflows.timestep_dbn.rbm import (
     mean_log_weight,
     reverse_log_partition,
 )
-from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train
+from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train, training_parts
 
 SCHEDULES = ("cosine", "reciprocal", "linear")
 DOUBLE = torch.float64
@@ -290,6 +290,7 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "monolithic_rbm": monolithic,
         "small_rbm": small,
         "logistic_chain": logistic,
+        "denoiser": Denoiser(config.timesteps, num_bits, 8),
         "independent_bits": IndependentBits(num_bits),
     }
     optimizers = {
@@ -297,8 +298,8 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
     }
-    stepper = Stepper(logistic, config.optimization(config.learning_rate), plan.baseline_steps)
-    return TrainState(modules, optimizers, {"logistic_chain": stepper}, total_steps=plan.total_steps, step=plan.autoencoder_steps)
+    parts = training_parts(config, modules, plan)
+    return TrainState(modules, optimizers, parts, total_steps=plan.total_steps, step=plan.autoencoder_steps)
 
 
 def drive(config: Config, data: Data, state: TrainState, stop: int | None = None) -> TrainState:

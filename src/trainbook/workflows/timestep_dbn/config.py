@@ -81,6 +81,10 @@ class Config(BaseConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation value after which a timestep is no longer updated; 0: update all to the end. The chain
+    has the weights of each timestep's best epoch either way."""
+
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the plain RBMs and the factorised logistic step."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
