@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
+from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
 from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
@@ -346,6 +347,8 @@ class Run:
         compared = dict.fromkeys(t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str))
         if compared:
             self._show({"baselines": plots.baseline_bars(self.summary["metrics"], list(compared))})
+        if (table := baseline_table(self.summary["metrics"])) is not None:
+            show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
