@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from trainbook.workflows.timestep_dbn.annealing import log_partition, mean_log_weight, reverse_log_partition
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip, posterior_probability
-from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_partition, mean_log_weight, reverse_log_partition
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
 
 class LogisticChain(nn.Module):

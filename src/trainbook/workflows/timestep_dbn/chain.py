@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from trainbook.workflows.timestep_dbn.annealing import log_partition, reverse_log_partition
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, posterior_probability
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, log_partition, reverse_log_partition, sample_bits
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, sample_bits
 
 EVALUATION_ROWS = 8192  # (timestep, sample) pairs annealed at once: bounds memory
 
