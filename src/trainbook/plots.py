@@ -36,13 +36,14 @@ def new_figure(num_columns: int = 1, num_rows: int = 1, width: float = 4.2, heig
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
-def to_png(figure: Figure, footnote: str = "") -> bytes:
-    """The figure as PNG, with a small line of provenance below it."""
+def to_png(figure: Figure, footnote: str = "", description: str = "") -> bytes:
+    """The figure as PNG, with a small line of provenance below it, and all of it in the file's own text."""
     if footnote:
         figure.supxlabel(footnote, fontsize=7, color="0.45")
     buffer = io.BytesIO()
-    # Without metadata the same figure gives the same bytes, so a checksum can be verified.
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    # Without matplotlib's own metadata the same figure gives the same bytes, so a checksum can be verified.
+    metadata = {"Software": None} | ({"Description": description} if description else {})
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata=metadata)
     return buffer.getvalue()
 
 

@@ -11,6 +11,7 @@ from trainbook.runtime import Runtime
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm, small_rbm
+from trainbook.workflows.timestep_dbn.blocks import Blocks
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
@@ -56,7 +57,7 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
     }
-    parts = training_parts(config, modules, plan)
+    parts = {"blocks": Blocks(config, dbn, num_images, on_cpu=True, free_bytes=10**9), **training_parts(config, modules, plan)}
     return TrainState(modules, optimizers, parts, total_steps=plan.total_steps, step=plan.autoencoder_steps)
 
 

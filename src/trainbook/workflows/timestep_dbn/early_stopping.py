@@ -33,6 +33,11 @@ class EarlyStopping:
         self.best_value = torch.full(shape, -torch.inf, dtype=torch.float64)
         self.best_epoch, self.waited = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
 
+    def begin(self, start: int, stop: int) -> None:
+        """Forget what was measured of the timestep indices start..stop-1: their training starts anew."""
+        self.best_value[start:stop] = -torch.inf
+        self.best_epoch[start:stop] = self.waited[start:stop] = 0
+
     @property
     def stopped(self) -> Tensor:
         """Timesteps that are no longer updated, (T,)."""
@@ -49,33 +54,46 @@ class EarlyStopping:
         return runs
 
     @torch.no_grad()
-    def judge(self, start: int, values: Tensor, epoch: int) -> None:
+    def judge(self, start: int, values: Tensor, epoch: int) -> Tensor:
         """Take in the validation values of an epoch for the timestep indices start..start+n-1, (n, L); higher is better.
 
         The weights of those that are the best so far are copied. Stopped timesteps are not judged.
+
+        Returns:
+            The best epochs so far, (n, L).
         """
         rows = slice(start, start + len(values))
         values, judged = values.to("cpu", torch.float64), ~self.stopped[rows].unsqueeze(1)
         better = (values > self.best_value[rows]) & judged
-        self.best_value[rows][better] = values[better]
-        self.best_epoch[rows][better] = epoch
+        self.best_value[rows] = torch.where(better, values, self.best_value[rows])
+        self.best_epoch[rows] = torch.where(better, epoch, self.best_epoch[rows])
         self.waited[rows] = torch.where(better, 0, self.waited[rows] + judged)
         for kept, live, improved in zip(self._best, self._live, better.unbind(1), strict=True):
-            for best, tensor in zip(kept, live, strict=True):
-                chosen = (start + improved.nonzero().squeeze(1)).to(tensor.device)
-                best[chosen] = tensor[chosen]
+            _copy(live, kept, start + improved.nonzero().squeeze(1))
+        return self.best_epoch[rows].clone()
 
     @torch.no_grad()
-    def restore(self, timesteps: Tensor) -> None:
-        """Put the kept weights back into the timesteps where this is true, (T,)."""
+    def restore(self, start: int, stop: int) -> None:
+        """Put the kept weights back into the timestep indices start..stop-1."""
         for kept, live in zip(self._best, self._live, strict=True):
-            for best, tensor in zip(kept, live, strict=True):
-                chosen = timesteps.to(tensor.device)
-                tensor[chosen] = best[chosen]
+            _copy(kept, live, torch.arange(start, stop))
+
+    @torch.no_grad()
+    def hold(self, start: int, stop: int) -> Tensor:
+        """Put the kept weights back into those that are stopped: momentum and decay move what has no gradient, too.
+
+        Returns:
+            Which of start..stop-1 are, (n,).
+        """
+        stopped = self.stopped[start:stop]
+        for kept, live in zip(self._best, self._live, strict=True):
+            _copy(kept, live, start + stopped.nonzero().squeeze(1))
+        return stopped
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only, so that `torch.load(weights_only=True)` reads them back."""
-        return {"best": self._best, "best_value": self.best_value, "best_epoch": self.best_epoch, "waited": self.waited}
+        measured = {name: getattr(self, name).clone() for name in ("best_value", "best_epoch", "waited")}
+        return {"best": self._best, **measured}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a run of the same config."""
@@ -84,3 +102,10 @@ class EarlyStopping:
                 tensor.copy_(value)
         for name in ("best_value", "best_epoch", "waited"):
             setattr(self, name, saved[name].to("cpu"))
+
+
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor], timesteps: Tensor) -> None:
+    if len(timesteps):
+        for one, other in zip(source, target, strict=True):
+            chosen = timesteps.to(one.device)
+            other[chosen] = one[chosen]

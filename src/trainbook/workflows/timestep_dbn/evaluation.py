@@ -43,9 +43,15 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
     end_bit_error: share of wrong bits after undoing the noise of step t (c_t just below 0.25), lower is better.
     What is measured on samples is in `sample_metrics`. "<baseline>/<metric>_above_chain" is the baseline's value less the
     chain's, with its 95 % interval.
+
+    Raises:
+        RunFailed: when some timestep was never trained.
     """
     schedule = flip_schedule(config.timesteps, config.schedule).to(data.test["images"].device)
     model = state.modules["autoencoder"]
+    if config.stage == "autoencoder":
+        return autoencoder_metrics(model, data)
+    state.stateful["blocks"].check_all_trained()
     images = data.test["images"]
     test = encode_all(model, images[: config.evaluation_images])
     return {

@@ -39,6 +39,8 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 @torch.no_grad()
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
     """Reconstructions, schedule, samples over t and of every model, convergence, free-energy gap, hidden units, bit errors."""
+    if config.stage == "autoencoder":
+        return {"reconstruction": draw_reconstruction(data, state)}
     device, size = data.test["images"].device, data.test["images"].shape[2:]
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
     model, dbn = state.modules["autoencoder"], state.modules["dbn"]

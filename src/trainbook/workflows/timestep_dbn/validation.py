@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from trainbook.seeding import seed_step
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES
+from trainbook.workflows.timestep_dbn.blocks import METRIC_ROWS
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 
 VALIDATION_STEP = 2**32 - 3  # beyond any training step: a stream of its own
-ROWS = 64  # codes of each split that are looked at
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def baseline_values(modules: dict[str, nn.Module], bits: Tensor, schedule: FlipS
 
     The pseudo-likelihood of a plain RBM; the mean of ln p_t(z_{t-1} | z_t) of the others.
     """
-    bits, values = bits[:ROWS], {}
+    bits, values = bits[:METRIC_ROWS], {}
     for name in RBM_BASELINES:
         block, field = modules[name].block(0, 1), torch.zeros_like(bits).unsqueeze(0)
         values[name] = log_pseudo_likelihood(block, bits.unsqueeze(0), block.context_bias(field[..., :0]), field)
