@@ -84,6 +84,7 @@ class Engine:
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
         progress: show a progress bar.
+        origin: what every checkpoint says of where it comes from, plain JSON.
     """
 
     folder: RunFolder
@@ -93,6 +94,7 @@ class Engine:
     checkpoint_seconds: float = 60.0
     keep: int = 2
     progress: bool = True
+    origin: dict[str, Any] = field(default_factory=dict)
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
     _saving: Future | None = None
     _saving_step: int = 0
@@ -256,7 +258,7 @@ class Engine:
         self._finish_saving()  # never two at once
         if distributed.rank() > 0 and not distributed.is_divided():
             return
-        files = snapshot(state, {"records_bytes": metrics.tell()})
+        files = snapshot(state, {"records_bytes": metrics.tell(), "origin": self.origin})
         if distributed.rank() > 0:
             return
         self._saving_step, self._saving = state.step, writer.submit(self._write_checkpoint, metrics, state.step, files)

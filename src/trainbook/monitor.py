@@ -59,3 +59,15 @@ def peak_memory_bytes(device: str) -> dict[str, int]:
 
         peaks["device"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def free_memory_bytes(device: str, limit: int | None = None) -> int:
+    """Memory that this process can still take on a device, or the limit where that is less."""
+    if device.startswith("cuda"):
+        import torch
+
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+    else:
+        free = psutil.virtual_memory().available
+    return free if limit is None else min(free, limit)

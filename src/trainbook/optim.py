@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainbook import distributed
 from trainbook.acceleration import allow_tf32, apply_variant, fastest_variant, variant_table
-from trainbook.errors import RunFailed, UserError
+from trainbook.errors import RunFailed, UserError, is_out_of_memory
 from trainbook.optimization import OptimizationConfig
 from trainbook.pipeline import Pipeline, divide
 from trainbook.runtime import mixed_dtype
@@ -323,7 +323,7 @@ class Stepper:
                     if distributed.size() > 1:
                         self._check_all_used()
                 except RuntimeError as error:
-                    if not _out_of_memory(error) or self.accumulation >= batch_size(batch):
+                    if not is_out_of_memory(error) or self.accumulation >= batch_size(batch):
                         raise
                     failed = True
             self.optimizer.zero_grad()
@@ -375,7 +375,7 @@ class Stepper:
                 return self._accumulate(split_batch(batch, number), loss_function, global_size)
             except RuntimeError as error:
                 together = distributed.size() > 1  # the others already wait for this process's gradient
-                if together or not _out_of_memory(error) or self.accumulation >= batch_size(batch):
+                if together or not is_out_of_memory(error) or self.accumulation >= batch_size(batch):
                     raise
             self._put_back(buffers)  # outside the handler: the traceback holds what filled the memory
             self._use_less_memory()
@@ -560,11 +560,6 @@ def _present(tensors: Iterable[Tensor]) -> list[Tensor]:
 def _widened(tensor: Tensor) -> Tensor:
     """At least float32."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, of torch on a CPU, of cuBLAS and cuDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, config: OptimizationConfig) -> Tensor:

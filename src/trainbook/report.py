@@ -6,18 +6,29 @@ import importlib.resources
 import jinja2
 
 from trainbook.catalog import load
+from trainbook.comparison import ABOVE, STANDARD_ERROR, baseline_table
 from trainbook.files import read_json, write_atomic
 from trainbook.records import RunFolder
 from trainbook.tables import Table
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """Metrics named "<who>/<metric>" with one row per metric and one column per who; others in the first column."""
-    keys = [key.rpartition("/")[::2] for key in metrics]
+    """Metrics named "<who>/<metric>" with one row per metric and one column per who; others in the first column.
+
+    A standard error stands behind its metric; what `baseline_table` shows is left out.
+    """
+    shown = {key: value for key, value in metrics.items() if ABOVE not in key}
+    errors = {key for key in shown if key.endswith(STANDARD_ERROR) and key.removesuffix(STANDARD_ERROR) in shown}
+    keys = [key.rpartition("/")[::2] for key in shown if key not in errors]
     columns = list(dict.fromkeys(who for who, _ in keys))
     names = list(dict.fromkeys(metric for _, metric in keys))
-    values = dict(zip(keys, metrics.values(), strict=True))
-    rows = [[name, *(format_number(values.get((who, name))) for who in columns)] for name in names]
+
+    def cell(who: str, name: str) -> str:
+        key = f"{who}/{name}" if who else name
+        error = shown.get(key + STANDARD_ERROR)
+        return format_number(shown.get(key)) + ("" if error is None else f" ± {error:.2g}")
+
+    rows = [[name, *(cell(who, name) for who in columns)] for name in names]
     return Table(["held-out metric", *(who.replace("_", " ") or "run" for who in columns)], rows)
 
 
@@ -70,6 +81,7 @@ def write(folder: RunFolder, summary: dict | None = None) -> None:
             title=workflow.title,
             summary=summary,
             metrics=metrics_table(summary["metrics"]) if "metrics" in summary else None,
+            baselines=baseline_table(summary.get("metrics", {})),
             verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,
             config=Table(["field", "value", f"{summary['preset']} has", "allowed", "meaning"], config.rows(summary["preset"])),
             figures=figures,

@@ -1,6 +1,8 @@
 """A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
 
+import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
+from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
 from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
@@ -37,6 +40,8 @@ logger = logging.getLogger("trainbook")
 
 # Beyond any training step, and different from each in the 32 bits of a seed that a CPU uses: streams of their own.
 EVALUATION_STEP, DRAWING_STEP = 2**32 - 2, 2**32 - 1
+# Of run.json, what every checkpoint and picture carries.
+ORIGIN = ("run_id", "command", "seed", "config_sha256", "authentic", "stamp", "data", "initial_weights", "provenance")
 
 
 def start(
@@ -166,8 +171,8 @@ class Run:
         """Build modules and optimizers from the seed, and count the parameters."""
         seed_step(self.config.seed, 0)
         self.state = self.workflow.build(self.config, self.data, self.runtime)
-        if self.config.initial_weights and newest_whole(self.folder.checkpoints) is None:
-            self._initial = load_weights(self.state.modules, self.config.initial_weights, self.runtime.runs_folder)
+        if newest_whole(self.folder.checkpoints) is None:
+            self._load_initial_weights()
         if get_ipython() is not None and (rates := planned_rates(self.state)):
             show(Image(plots.to_png(plots.schedules(rates))))
         counts = self.state.num_parameters()
@@ -175,6 +180,14 @@ class Run:
             ["module", "parameters"],
             [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]],
         )
+
+    def _load_initial_weights(self) -> None:
+        modules, runs_folder = self.state.modules, self.runtime.runs_folder
+        if self.config.initial_weights:
+            self._initial = load_weights(modules, self.config.initial_weights, runs_folder)
+        for field, (name, remedy) in self.config.MODULE_FIELDS.items():
+            if source := getattr(self.config, field):
+                self._initial |= load_weights({name: modules[name]}, source, runs_folder, field, remedy)
 
     def train(self, checkpoint_seconds: float = 0.0, progress: bool = True) -> None:
         """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
@@ -227,12 +240,24 @@ class Run:
             checkpoint_seconds=checkpoint_seconds,
             keep=self.runtime.keep,
             progress=progress,
+            origin=self._origin(),
         )
         first = engine.restore(self.state)
         if first:
             logger.info("continuing %s at step %d of %d", self.run_id, first, self.state.total_steps)
         outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
         return replace(outcome, first_step=first, total_steps=self.state.total_steps)
+
+    def _origin(self) -> dict[str, Any]:
+        """What makes a checkpoint or a picture traceable, from run.json; {} in a process that has none."""
+        summary = self.folder.summary() if self.folder.run_json.exists() else {}
+        return {key: summary[key] for key in ORIGIN if key in summary}
+
+    def _stamp(self) -> list[str]:
+        """What everything that this run makes says of itself."""
+        real = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
+        checked = "authentic" if self.authentic else "authenticity not checked"
+        return [mark for mark in ("SMOKE RUN" if self.preset == "smoke" else "", checked, real) if mark]
 
     def _train_in_processes(self, checkpoint_seconds: float, progress: bool) -> Outcome:
         """Let other processes train, then take up what they reached."""
@@ -304,6 +329,8 @@ class Run:
         self.summary = {
             **{key: self._identity[key] for key in ("workflow", "preset", "authentic")},
             "run_id": self.run_id,
+            "command": shlex.join(self._command()),
+            "stamp": self._stamp(),
             "status": "running",
             "why": "",
             "config_sha256": self._identity["config_sha256"],
@@ -315,6 +342,10 @@ class Run:
             "parameters": self.state.num_parameters(),
         }
         self._write_summary()
+
+    def _command(self) -> list[str]:
+        authentic = ["--authentic"] if self.authentic else []
+        return ["trainbook", "run", self.workflow.name, "--preset", self.preset, *self.config.options(self.preset), *authentic]
 
     def _write_summary(self) -> None:
         seconds = sum(segment["seconds"] for segment in self.summary["segments"])
@@ -343,9 +374,14 @@ class Run:
                 self.summary["metrics"] = self.measure()
             self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
-        compared = dict.fromkeys(t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str))
+        metrics = self.summary["metrics"]
+        compared = dict.fromkeys(
+            t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str) and t.metric in metrics
+        )
         if compared:
-            self._show({"baselines": plots.baseline_bars(self.summary["metrics"], list(compared))})
+            self._show({"baselines": plots.baseline_bars(metrics, list(compared))})
+        if (table := baseline_table(metrics)) is not None:
+            show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
@@ -380,11 +416,12 @@ class Run:
 
     def _show(self, figures: dict[str, Figure]) -> None:
         self.folder.figures.mkdir(exist_ok=True)
+        revision = self.summary.get("provenance", {}).get("git")
         for name, figure in figures.items():
-            mark = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
             path = self.folder.figures / f"{name}.png"
-            footnote = " · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part)
-            png = plots.to_png(figure, footnote)
+            sources = [f"seed {self.config.seed}", f"kit {(revision or 'unknown')[:8]}", f"data {self.data.sha256[:8]}"]
+            footnote = " · ".join([self.run_id, f"step {self.state.step}", *sources, *self._stamp()])
+            png = plots.to_png(figure, footnote, json.dumps({**self._origin(), "step": self.state.step}))
             if not self._complete_already:  # a complete run's files stand in run.json with their checksums
                 path.write_bytes(png)
             show(Image(png))
@@ -405,7 +442,12 @@ class Run:
         return f"{self.summary.get('status', 'not trained')}: {self.folder.report}"
 
     def _export(self) -> None:
-        metadata = {"run_id": self.run_id, "config_sha256": self.config.sha256()}
+        metadata = {
+            "run_id": self.run_id,
+            "config_sha256": self.config.sha256(),
+            "config": self.config.model_dump_json(),
+            "stamp": ", ".join(self._stamp()),
+        }
         export_weights(self.state.modules, self.folder.export, metadata)
         write_json(self.folder.export / "config.json", self._identity)
 

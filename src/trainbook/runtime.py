@@ -21,7 +21,7 @@ TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", 
 PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRAINBOOK_WORKERS"
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
-MIRROR = "TRAINBOOK_MIRROR"
+MIRROR, MEMORY_LIMIT = "TRAINBOOK_MIRROR", "TRAINBOOK_MEMORY_LIMIT"
 DEADLINE = "TRAINBOOK_DEADLINE"  # `time.monotonic()` value, the same in all processes of a machine; for those that a run starts
 # The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
 SETTINGS = {
@@ -39,6 +39,7 @@ SETTINGS = {
     "log_dir": LOG_DIR,
     "inputs": INPUTS,
     "mirror": MIRROR,
+    "memory_limit": MEMORY_LIMIT,
     "price_per_hour": PRICE,
 }
 ERROR_LOG = "errors.log"
@@ -68,6 +69,7 @@ class Runtime:
         workers: processes that read a data set too large for the device.
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
+        memory_limit: count on so many bytes of the device's free memory, or None for all of them.
         elsewhere: "checkpoints" and "logs" to a folder that shall hold them instead of the run folder.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
         mirror_folder: a folder that outlives the machine, to which runs are copied while they train, or None.
@@ -88,6 +90,7 @@ class Runtime:
     workers: int = 0
     checkpoint_seconds: float = 60.0
     keep: int = 2
+    memory_limit: int | None = None
     elsewhere: dict[str, Path] = field(default_factory=dict)
     input_folders: tuple[Path, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -147,6 +150,7 @@ def detect() -> Runtime:
         workers=_whole_number(WORKERS, 0, least=0),
         checkpoint_seconds=_checkpoint_seconds(),
         keep=_whole_number(KEEP, 2, least=1),
+        memory_limit=parse_bytes(os.environ[MEMORY_LIMIT]) if os.environ.get(MEMORY_LIMIT) else None,
         elsewhere=_elsewhere(),
         input_folders=_input_folders(where),
         reasons={
@@ -229,6 +233,18 @@ def parse_duration(text: str) -> float:
     if not text.strip() or match is None:
         raise UserError(f"{text!r} is not a duration", "write it like 45s, 20m, 11h or 1h30m")
     return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as "500MB" or "12GB".
+
+    Raises:
+        UserError: when the text is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", text.strip())
+    if match is None:
+        raise UserError(f"{text!r} is not a size in memory", "write it like 500MB or 12GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 def configure_logging(level: str, file: Path | None = None) -> None:

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from tests.workflows.timestep_dbn.enumeration import all_bits
 from trainbook.data import Data
-from trainbook.optim import Stepper
 from trainbook.runtime import Runtime
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm, small_rbm
+from trainbook.workflows.timestep_dbn.blocks import Blocks
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.images import load_data
-from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train
+from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train, training_parts
 
 
 class BitCodes(nn.Module):
@@ -42,13 +43,13 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
     dbn, num_bits, plan = TimestepDBN(config, level_sizes), sum(level_sizes), Plan.of(config, num_images)
     monolithic = monolithic_rbm(num_bits, sum(p.numel() for p in dbn.parameters()), config.batch_size)
     small = small_rbm(num_bits, config.batch_size)
-    logistic = LogisticChain(config.timesteps, num_bits)
     modules = {
         "autoencoder": BitCodes(level_sizes),
         "dbn": dbn,
         "monolithic_rbm": monolithic,
         "small_rbm": small,
-        "logistic_chain": logistic,
+        "logistic_chain": LogisticChain(config.timesteps, num_bits),
+        "denoiser": Denoiser(config.timesteps, num_bits, 8),
         "independent_bits": IndependentBits(num_bits),
     }
     optimizers = {
@@ -56,8 +57,8 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
     }
-    stepper = Stepper(logistic, config.optimization(config.learning_rate), plan.baseline_steps)
-    return TrainState(modules, optimizers, {"logistic_chain": stepper}, total_steps=plan.total_steps, step=plan.autoencoder_steps)
+    parts = {"blocks": Blocks(config, dbn, num_images, on_cpu=True, free_bytes=10**9), **training_parts(config, modules, plan)}
+    return TrainState(modules, optimizers, parts, total_steps=plan.total_steps, step=plan.autoencoder_steps)
 
 
 def drive(config: Config, data: Data, state: TrainState, stop: int | None = None) -> TrainState:

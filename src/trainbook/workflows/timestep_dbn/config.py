@@ -32,6 +32,14 @@ class Config(BaseConfig):
         "mixed_precision": "precision",
     }
 
+    MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
+        "autoencoder": (
+            "autoencoder",
+            "use the data set and code_channels it was trained with, or regenerate it with: trainbook run timestep_dbn "
+            "--stage autoencoder; see 'Checkpoint' in the workflow's README",
+        )
+    }
+
     dataset: Literal["digits", "cifar10_airplane", "file"] = "digits"
     """digits: scikit-learn's 1,797 real 8x8 images; cifar10_airplane: downloaded by torchvision; file: see data_file."""
     data_file: str = ""
@@ -39,6 +47,11 @@ class Config(BaseConfig):
     max_train_images: int = Field(default=0, ge=0)
     """Use only the first so many training images; 0 uses all."""
 
+    autoencoder: str = ""
+    """A pre-trained autoencoder: a run, its export folder, a .safetensors file or a torch checkpoint; its stage is then left out,
+    and code_channels and autoencoder_width are the file's."""
+    stage: Literal["all", "autoencoder"] = "all"
+    """Train everything, or only the autoencoder, for --autoencoder of other runs."""
     code_channels: tuple[int, int, int] = (4, 8, 32)
     """Bits per position on the three levels, at 1/2, 1/4 and 1/8 of the image's width."""
     autoencoder_width: int = Field(default=64, ge=4, le=1024, multiple_of=4)
@@ -81,6 +94,10 @@ class Config(BaseConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation value after which a timestep is no longer updated; 0: update all to the end. The chain
+    has the weights of each timestep's best epoch either way."""
+
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the plain RBMs and the factorised logistic step."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
@@ -106,7 +123,24 @@ class Config(BaseConfig):
             raise ValueError("data_file goes with dataset = file, and dataset = file needs data_file")
         if min(self.code_channels) < 1 or min(self.hidden_units) < 1:
             raise ValueError("code_channels and hidden_units must be positive")
+        if self.autoencoder and self.stage == "autoencoder":
+            raise ValueError("with a pre-trained autoencoder nothing is left to train in stage = autoencoder")
         return self
+
+    @classmethod
+    def from_preset(cls, preset: str, overrides: dict[str, Any] | None = None) -> Self:
+        """As of every config; the architecture of a pre-trained autoencoder is read from its file, where it is not given.
+
+        Raises:
+            UserError: as of every config, and when the file is no autoencoder of this workflow.
+        """
+        given = overrides or {}
+        if given.get("autoencoder") and not {"code_channels", "autoencoder_width"} <= given.keys():
+            from trainbook.workflows.timestep_dbn.pretrained import read_architecture
+
+            architecture = read_architecture(given["autoencoder"])
+            given = {"code_channels": architecture.code_channels, "autoencoder_width": architecture.width} | given
+        return super().from_preset(preset, given)
 
     def optimization(self, rate: float) -> OptimizationConfig:
         """Of a stage whose highest learning rate is given: Adam, and a cosine down to a tenth of the rate."""
