@@ -114,8 +114,12 @@ class Config(BaseConfig):
     """Ancestral samples drawn at the end."""
     evaluation_images: int = Field(default=256, ge=8)
     """Held-out images that likelihoods and bit errors are measured on, at most."""
+    likelihood_tolerance: float = Field(default=0.002, gt=0)
+    """Nats per bit: wanted width between the two directions of annealing, and standard error at which images suffice."""
     ais_temperatures: int = Field(default=500, ge=2)
-    """Intermediate distributions of annealed importance sampling."""
+    """Intermediate distributions of annealed importance sampling per reverse step, at most."""
+    ais_particles: int = Field(default=2, ge=2, le=1024)
+    """Independent importance weights per estimate, whose mean is taken before the logarithm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
