@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors", "devices"},
     {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers"},
-    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab"},
+    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
         "data",

@@ -12,8 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from trainbook.comparison import STANDARD_ERROR, STANDARD_ERRORS
+
 DOTS_PER_INCH = 100
 MAX_CURVES = 12
+BARS_PER_ROW = 3  # panels
 VALID = "valid_"  # begins the name of what was measured on the validation split
 MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 20  # in a picture of attention; tokens along an axis that carry their text
 
@@ -96,17 +99,20 @@ def heatmap(
 
 
 def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
-    """One panel per metric: a bar for everybody who has it, with its standard error where that was measured.
+    """One panel per metric: a bar for everybody who has it, with its 95 % interval where that was measured.
 
     Args:
-        metrics: "<who>/<metric>" to number; "<who>/<metric>_standard_error" gives the error bar.
+        metrics: "<who>/<metric>" to number; "<who>/<metric>_standard_error" gives the interval.
         names: the metrics to show.
     """
-    figure, axes = new_figure(len(names), width=4.6, height=2.6)
-    for panel, name in zip(axes[0], names, strict=True):
+    num_columns = min(BARS_PER_ROW, len(names))
+    figure, axes = new_figure(num_columns, math.ceil(len(names) / num_columns), width=4.6, height=2.6)
+    for panel in list(axes.flat)[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(axes.flat, names, strict=False):
         who = [key.rpartition("/")[0] for key in metrics if key.rpartition("/")[2] == name]
         values = [metrics[f"{one}/{name}"] for one in who]
-        errors = [metrics.get(f"{one}/{name}_standard_error", 0.0) for one in who]
+        errors = [STANDARD_ERRORS * metrics.get(f"{one}/{name}{STANDARD_ERROR}", 0.0) for one in who]
         positions = np.arange(len(who))[::-1]
         panel.barh(
             positions, values, xerr=errors if any(errors) else None, color=["#7fb3e6"] + ["0.8"] * (len(who) - 1), capsize=3

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
+from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
 from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
@@ -28,7 +29,7 @@ from trainbook.handover import take_over
 from trainbook.mirror import Mirror
 from trainbook.monitor import peak_memory_bytes
 from trainbook.processes import train_in_processes
-from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
+from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
@@ -380,6 +381,9 @@ class Run:
         )
         if compared:
             self._show({"baselines": plots.baseline_bars(metrics, list(compared))})
+        for table in (baseline_table(metrics), report.series_table(metrics)):
+            if table is not None:
+                show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
@@ -408,8 +412,9 @@ class Run:
                 show(Image(filename=str(path)))
             return
         seed_step(self.config.seed, DRAWING_STEP)
+        measured = {"step": self.state.step, "stage": EVALUATION, **self.summary.get("metrics", {})}
         with self._segment_recorded():
-            figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
+            figures = self.workflow.draw(self.config, self.data, self.state, [*self.folder.history(), measured])
         self._show(figures)
 
     def _show(self, figures: dict[str, Figure]) -> None:

@@ -95,6 +95,10 @@ class Config(BaseConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation value after which a timestep is no longer updated; 0: update all to the end. The chain
+    has the weights of each timestep's best epoch either way."""
+
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the plain RBMs and the factorised logistic step."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
@@ -111,8 +115,12 @@ class Config(BaseConfig):
     """Ancestral samples drawn at the end."""
     evaluation_images: int = Field(default=256, ge=8)
     """Held-out images that likelihoods and bit errors are measured on, at most."""
+    likelihood_tolerance: float = Field(default=0.002, gt=0)
+    """Nats per bit: wanted width between the two directions of annealing, and standard error at which images suffice."""
     ais_temperatures: int = Field(default=500, ge=2)
-    """Intermediate distributions of annealed importance sampling."""
+    """Intermediate distributions of annealed importance sampling per reverse step, at most."""
+    ais_particles: int = Field(default=2, ge=2, le=1024)
+    """Independent importance weights per estimate, whose mean is taken before the logarithm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -23,15 +23,20 @@ from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, Independen
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
+from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.self_test import check_computation
+from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
 BLOCKS = "blocks"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
+GRADIENT_BASELINES = ("logistic_chain", "denoiser")
+VALIDATE_BASELINES_EVERY = 4  # epochs
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
         "monolithic_rbm": monolithic_rbm(sum(sizes), num_parameters, config.batch_size),
         "small_rbm": small_rbm(sum(sizes), config.batch_size),
         "logistic_chain": LogisticChain(config.timesteps, sum(sizes)),
+        "denoiser": Denoiser.of_size(config.timesteps, sum(sizes), num_parameters),
         "independent_bits": IndependentBits(sum(sizes)),
     }
     for module in modules.values():
@@ -98,9 +104,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     num_images = len(images) + len(data.valid["images"])
     stateful[BLOCKS] = Blocks(config, dbn, num_images, runtime.device == "cpu", free_bytes)
     plan = Plan.of(config, len(images), stateful[BLOCKS].bounds)
-    stateful["logistic_chain"] = Stepper(
-        modules["logistic_chain"], config.optimization(config.baseline_learning_rate), plan.baseline_steps
-    )
+    stateful |= training_parts(config, modules, plan)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
@@ -108,6 +112,18 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     return TrainState(
         modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
     )
+
+
+def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
+    """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
+    optimization = config.optimization(config.baseline_learning_rate)
+    members = {name: [list(modules[name].parameters())] for name in (*RBM_BASELINES, "logistic_chain")}
+    members["denoiser"] = [[parameter.unsqueeze(0) for parameter in modules["denoiser"].parameters()]]  # one for all timesteps
+    return {
+        **{name: Stepper(modules[name], optimization, plan.baseline_steps) for name in GRADIENT_BASELINES},
+        "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
+        **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
+    }
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
@@ -136,7 +152,7 @@ def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Rec
             yield from _train_chain(config, data, codes, state)
         if config.optimizer == "adam":
             release(state.optimizers["dbn"], 0)
-        yield from _train_baselines(config, codes["train"], state, _plan(config, data, state))
+        yield from _train_baselines(config, codes, state, _plan(config, data, state))
 
 
 def _plan(config: Config, data: Data, state: TrainState) -> Plan:
@@ -188,28 +204,39 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     start, stop = plan.blocks[block_index]
     if config.optimizer == "adam":  # before the next one's gradients come
         release(state.optimizers["dbn"], stop - start if block_step else 0)
+    stopping: EarlyStopping = state.stateful["early_stopping"]
     if block_step == 0:
         _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+        stopping.begin(start, stop)
     views = [rbm_views(level, start, stop) for level in dbn.levels]
     step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
     blocks = dbn.blocks(start, stop)
     tile = CPU_TILE if device.type == "cpu" else stop - start
+    active = stopping.active(start, stop, tile)
     while block_step < plan.block_steps:
-        clean = list(batches(block_step).values())
-        rate = learning_rate(optimization, block_step, plan.block_steps)
         epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
-        before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
-        updates = [rbm_update(config, view, rate) for view in views]
-        for first in range(start, stop, tile):
-            last = min(first + tile, stop)
-            _update_chain(config, dbn, clean, schedule, first, last, [u.at(slice(first - start, last - start)) for u in updates])
-        step_optimizer(rate)
         metrics: dict[str, Any] = {}
-        if position == 0:
-            metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
-            state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
-            metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
-            metrics["hints"] = hints(metrics)
+        if active:  # else every timestep of the block is stopped, and its remaining steps do nothing
+            clean = list(batches(block_step).values())
+            rate = learning_rate(optimization, block_step, plan.block_steps)
+            before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
+            updates = [rbm_update(config, view, rate) for view in views]
+            for first, last in active:
+                parts = [update.at(slice(first - start, last - start)) for update in updates]
+                _update_chain(config, dbn, clean, schedule, first, last, parts)
+            step_optimizer(rate)
+            if position == 0:
+                stopped = stopping.hold(start, stop)
+                with same_numbers(config.seed, device):
+                    metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before, stopped)
+                state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
+                likelihoods = metrics["pseudo_likelihood_by_timestep_and_level"]
+                kept = stopping.judge(start, chain_values(likelihoods, dbn.level_sizes, config.context), epoch)
+                active = stopping.active(start, stop, tile)
+                metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics, "kept_epoch_by_timestep_and_level": kept}
+                metrics["hints"] = hints(metrics)
+        if block_step + 1 == plan.block_steps:
+            stopping.restore(start, stop)
         block_step += 1
         state.step += 1
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
@@ -290,6 +317,7 @@ def _epoch_metrics(
     start: int,
     stop: int,
     before: list[Tensor],
+    stopped: Tensor,
 ) -> dict[str, Any]:
     """Per (timestep, level): reconstruction error, pseudo-likelihood, free-energy gap, update norm; and their means.
 
@@ -306,8 +334,10 @@ def _epoch_metrics(
     errors = [(z - b.visible_logit(b.hidden_logit(z, bias).sigmoid(), f).sigmoid()).abs().mean((1, 2)) for b, z, f, bias in valid]
     likelihoods = [log_pseudo_likelihood(b, z, bias, f, METRIC_BITS) for b, z, f, bias in valid]
     gaps = [(v - t) / size for v, t, size in zip(energies["valid"], energies["train"], num_bits, strict=True)]
+    stopped = stopped.to(gaps[0].device)
     norms = [(b.weight - old).square().mean((1, 2)).sqrt() for b, old in zip(blocks, before, strict=True)]
-    still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
+    norms = [norm.masked_fill(stopped, 0.0) for norm in norms]
+    still = [start + 1 + int(t) for norm in norms for t in ((norm == 0) & ~stopped).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
     beta = schedule.beta[start + 1 : stop + 1]
@@ -327,32 +357,46 @@ def _epoch_metrics(
     }
 
 
-def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, plan: Plan) -> Iterator[Record]:
-    """The plain RBMs by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
-    bits = torch.cat(codes, 1)
-    logistic: Stepper = state.stateful["logistic_chain"]
+def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
+    """The plain RBMs by persistent contrastive divergence, logistic chain and denoiser by gradient, side by side."""
+    bits, valid = (torch.cat(codes[split], 1) for split in ("train", "valid"))
     schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
     fresh = state.step == plan.chain_end
     rbms = {name: state.modules[name] for name in RBM_BASELINES}
     if fresh:
         state.modules["independent_bits"].fit(bits)
+        state.modules["logistic_chain"].initialise(bits.mean(0), schedule)
+        state.modules["denoiser"].initialise(bits.mean(0))
         for rbm in rbms.values():
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
     step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
+    optimization = config.optimization(config.baseline_learning_rate)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
         batch = batches(step)["bits"]
-        rate = learning_rate(logistic.config, step, plan.baseline_steps)
+        rate = learning_rate(optimization, step, plan.baseline_steps)
         for name, view in views.items():
             with torch.no_grad():
                 block, data = Block(*view), batch.unsqueeze(0)
                 bias, update = block.context_bias(context), rbm_update(config, view, rate)
                 contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
             step_optimizers[name](rate)
-        report = logistic.step(batch, lambda model, clean: model.loss(clean, schedule))
+        metrics: dict[str, Any] = {}
+        for name in GRADIENT_BASELINES:
+            report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
+            metrics[f"{name}_loss"] = report["loss"]
         state.step += 1
-        yield Record({"logistic_loss": report["loss"]}, state.step == plan.total_steps, config.batch_size)
+        last = state.step == plan.total_steps
+        epoch, position = divmod(step + 1, plan.steps_per_epoch)
+        if last or (position == 0 and epoch % VALIDATE_BASELINES_EVERY == 0):
+            for name, values in baseline_values(state.modules, valid, schedule, config.seed).items():
+                keeper: EarlyStopping = state.stateful[f"{name}_best"]
+                keeper.judge(0, values, epoch)
+                metrics[f"{name}_valid"] = values.mean()
+                if last:
+                    keeper.restore(0, len(values))
+        yield Record(metrics, last, config.batch_size)
