@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.workflows.test_timestep_dbn import digits_run
+from tests.workflows.timestep_dbn.runs import digits_run
 from trainbook import report
 from trainbook.errors import RunFailed
 from trainbook.run import prepare

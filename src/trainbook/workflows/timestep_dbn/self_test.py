@@ -12,9 +12,10 @@ from torch import Tensor
 
 from trainbook.errors import RunFailed
 from trainbook.seeding import seed_step
+from trainbook.workflows.timestep_dbn.annealing import log_partition
 from trainbook.workflows.timestep_dbn.chain import diffuse, fields
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
-from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_step, contrastive_update, log_partition
+from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_step, contrastive_update
 
 logger = logging.getLogger("trainbook")
 
