@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
     {"errors", "devices"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
