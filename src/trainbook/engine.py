@@ -169,9 +169,10 @@ class Engine:
                 if save or now - flushed >= FLUSH_SECONDS:
                     values = self._flush(metrics, state, bar)
                     flushed = now
-                    if now - measured >= SYSTEM_SECONDS:
+                    if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
                         reading = {
                             "session": session,
+                            "stage": state.stage,
                             "step": state.step,
                             "seconds": now - started,
                             "steps_per_second": (state.step - first_step) / max(now - started, 1e-9),
@@ -179,9 +180,8 @@ class Engine:
                             **monitor.read(),
                         }
                         self._write(system, [json.dumps(reading)])
-                        values.update(
-                            {name: (state.step, value) for name, value in reading.items() if name not in ("session", "step")}
-                        )
+                        named = {name: value for name, value in reading.items() if name not in ("session", "stage", "step")}
+                        values.update({name: (state.step, value) for name, value in named.items()})
                         measured = now
                     events.write(values)
                 if save and saved_step != state.step:
