@@ -105,19 +105,25 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
-        optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
+        plain = plain_rbm_config(config)
+        optimizers.update({name: rbm_adam(plain, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
     return TrainState(
         modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
     )
 
 
+def plain_rbm_config(config: Config) -> Config:
+    """The config as the plain RBMs' optimizer reads it."""
+    return config.model_copy(update={"weight_decay": config.baseline_weight_decay})
+
+
 def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
     """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
-    optimization = config.optimization(config.baseline_learning_rate)
+    rates = {"logistic_chain": config.baseline_learning_rate, "denoiser": config.denoiser_learning_rate}
     members = {name: [list(modules[name].parameters())] for name in (*RBM_BASELINES, "logistic_chain")}
     members["denoiser"] = [[parameter.unsqueeze(0) for parameter in modules["denoiser"].parameters()]]  # one for all timesteps
     return {
-        **{name: Stepper(modules[name], optimization, plan.baseline_steps) for name in GRADIENT_BASELINES},
+        **{name: Stepper(modules[name], config.optimization(rate), plan.baseline_steps) for name, rate in rates.items()},
         "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
         **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
     }
@@ -354,21 +360,26 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
         for rbm in rbms.values():
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
-    step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
+    plain = plain_rbm_config(config)
+    step_optimizers = {name: _attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
+    rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
+    updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
-    optimization = config.optimization(config.baseline_learning_rate)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
-        batch = batches(step)["bits"]
-        rate = learning_rate(optimization, step, plan.baseline_steps)
         for name, view in views.items():
-            with torch.no_grad():
-                block, data = Block(*view), batch.unsqueeze(0)
-                bias, update = block.context_bias(context), rbm_update(config, view, rate)
-                contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
-            step_optimizers[name](rate)
+            for index in range(updates[name] * step, updates[name] * (step + 1)):
+                rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
+                with torch.no_grad():
+                    block, data = Block(*view), batches(index)["bits"].unsqueeze(0)
+                    bias, update = block.context_bias(context), rbm_update(plain, view, rate)
+                    contrastive_step(
+                        block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update
+                    )
+                step_optimizers[name](rate)
+        batch = batches(step)["bits"]
         metrics: dict[str, Any] = {}
         for name in GRADIENT_BASELINES:
             report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
