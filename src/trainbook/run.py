@@ -22,7 +22,7 @@ from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
 from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
-from trainbook.errors import UserError
+from trainbook.errors import UserError, is_out_of_memory
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
@@ -55,7 +55,7 @@ def start(
 
     Args:
         workflow: a module of `trainbook.workflows`, or its name.
-        preset: smoke, laptop or full.
+        preset: a key of the config's `PRESETS`, such as smoke, laptop or full.
         overrides: field name to value, on top of the preset.
         run_id: name of the run folder. A folder of this very config is continued. Empty: continue the newest unfinished
             run of this config, or start a new one. What is not in the runs folder is looked for in the inputs.
@@ -283,7 +283,8 @@ class Run:
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             if status == "failed":
                 logger.error("%s failed at step %d", self.run_id, self.state.step, exc_info=True)
-            self.summary.update(status=status, why=str(error) or type(error).__name__)
+            remedy = "; lower batch_size or the sizes of the model" if is_out_of_memory(error) else ""
+            self.summary.update(status=status, why=(str(error) or type(error).__name__) + remedy)
             raise
         finally:
             seconds = time.monotonic() - began

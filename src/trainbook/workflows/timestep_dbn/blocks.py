@@ -27,9 +27,8 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
     """What training a block takes on top of the chain itself, from the shapes, in bytes of float32.
 
     Gradients cost n P with P = sum_l (V H + V + H + G H)_l, Adam's moments twice that. A step makes, for the m timesteps
-    it steps at once, bits and fields 5 m B sum_l V, contexts m B sum_l (G + 2 H), and on the largest level the stacks of
-    both phases m B (6 V + 7 H) and the context's share m B (G + H); the metrics of an epoch make the same for n timesteps
-    and R rows of two splits, with 4 n R H for one bit of the pseudo-likelihood.
+    it takes at once, transitions, fields and contexts m B sum_l (3 V + G + H), and on the largest level both phases
+    m B (4 V + 5 H). The metrics of an epoch make n R (2 sum_l (3 V + H) + sum_l (G + V) + 4 max_l H).
 
     Args:
         config: of the run.
@@ -43,17 +42,16 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
     """
     shapes = [(*level.weight.shape[1:], level.context_weight.shape[1]) for level in dbn.levels]  # V, H, G
     parameters = timesteps * sum(V * H + V + H + G * H for V, H, G in shapes)
-    bits, rows = sum(V for V, _, _ in shapes), 2 * METRIC_ROWS
-    contexts = sum(G + 2 * H for _, H, G in shapes)
+    bits, hidden, contexts = (sum(shape[i] for shape in shapes) for i in range(3))
     step = min(timesteps, CPU_TILE if on_cpu else timesteps) * config.batch_size
-    both_phases = max(6 * V + 7 * H + G + H for V, H, G in shapes)
+    metrics = 2 * (3 * bits + hidden) + contexts + bits + 4 * max(H for _, H, _ in shapes)
     floats = {
         "codes of the images": num_images * bits,
         "gradients": parameters,
         "moments of the optimizer": 2 * parameters if config.optimizer == "adam" else 0,
         "weights at the start of an epoch's last step": timesteps * sum(V * H for V, H, _ in shapes),
-        "what a step makes": step * (5 * bits + contexts + both_phases),
-        "what the metrics of an epoch make": timesteps * rows * (4 * bits + contexts) + timesteps * METRIC_ROWS * both_phases,
+        "what a step makes": step * (3 * bits + contexts + hidden + max(4 * V + 5 * H for V, H, _ in shapes)),
+        "what the metrics of an epoch make": timesteps * METRIC_ROWS * metrics,
     }
     return {name: 4 * number for name, number in floats.items()}
 
@@ -152,14 +150,16 @@ class Blocks:
         self.bounds, self.moved = list(saved["bounds"]), saved["moved"].cpu().clone()
 
 
-def keep_first(optimizer: torch.optim.Optimizer, timesteps: int) -> None:
-    """Cut what an optimizer holds to the first timesteps of its block, and let go of the gradients."""
+def release(optimizer: torch.optim.Optimizer, timesteps: int) -> None:
+    """Let go of the gradients an optimizer holds, and of all its moments but those of the first timesteps of its block."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+    if not timesteps:
+        optimizer.state.clear()
     for moments in optimizer.state.values():
         for name, value in moments.items():
-            if value.ndim:  # the step count stays
+            if value.ndim and len(value) > timesteps:  # the step count has no timesteps
                 moments[name] = value[:timesteps].clone()
 
 

@@ -19,7 +19,7 @@ from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
-from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, keep_first
+from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
@@ -146,6 +146,8 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
         if state.step < plan.chain_end:
             yield from _train_chain(config, data, codes, state)
         state.stateful[BLOCKS].check_all_trained()
+        if config.optimizer == "adam":
+            release(state.optimizers["dbn"], 0)
         yield from _train_baselines(config, codes, state, _plan(config, data, state))
 
 
@@ -182,10 +184,7 @@ def _train_chain(config: Config, data: Data, codes: dict[str, list[Tensor]], sta
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the handler: the traceback held what filled the memory.
-        planned.halve(start)
-        if config.optimizer == "adam":
-            keep_first(state.optimizers["dbn"], planned.bounds[planned.bounds.index(start) + 1] - start)
+        planned.halve(start)  # outside the handler: the traceback held what filled the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         seed_step(config.seed, state.step)  # the step is taken again
@@ -200,6 +199,8 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
     start, stop = plan.blocks[block_index]
     stopping: EarlyStopping = state.stateful["early_stopping"]
+    if config.optimizer == "adam":  # before the next one's gradients come
+        release(state.optimizers["dbn"], stop - start if block_step else 0)
     if block_step == 0:
         _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
         stopping.begin(start, stop)
