@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tests.driving import CHILDREN, assert_identical
-from tests.workflows.test_timestep_dbn import bits_data, bits_state, digits_run, drive, local_runtime, tensors
+from tests.workflows.timestep_dbn.runs import bits_data, bits_state, digits_run, drive, local_runtime, tensors
 from trainbook import monitor, runtime
 from trainbook.__main__ import main
 from trainbook.errors import RunFailed, UserError
