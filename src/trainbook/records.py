@@ -26,6 +26,7 @@ logger = logging.getLogger("trainbook")
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3, "running": 3}
 BAD_INPUT = 2
+EVALUATION = "evaluation"  # the stage of the last record that `draw` gets: the held-out metrics
 LOCK_ATTEMPTS = 50
 REVISION_FILE = "revision.txt"  # in the kit that a bundle carries
 

@@ -29,7 +29,7 @@ from trainbook.handover import take_over
 from trainbook.mirror import Mirror
 from trainbook.monitor import peak_memory_bytes, stage_seconds
 from trainbook.processes import train_in_processes
-from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
+from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
@@ -383,8 +383,9 @@ class Run:
         )
         if compared:
             self._show({"baselines": plots.baseline_bars(metrics, list(compared))})
-        if (table := baseline_table(metrics)) is not None:
-            show(table)
+        for table in (baseline_table(metrics), report.series_table(metrics)):
+            if table is not None:
+                show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
@@ -413,8 +414,9 @@ class Run:
                 show(Image(filename=str(path)))
             return
         seed_step(self.config.seed, DRAWING_STEP)
+        measured = {"step": self.state.step, "stage": EVALUATION, **self.summary.get("metrics", {})}
         with self._segment_recorded("pictures"):
-            figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
+            figures = self.workflow.draw(self.config, self.data, self.state, [*self.folder.history(), measured])
         seconds = {**stage_seconds(read_lines(self.folder.system)), **self._phase_seconds}
         figures["phase_times"] = plots.phase_times(seconds)
         self._show(figures)

@@ -27,7 +27,6 @@ from trainbook.workflows.timestep_dbn.baselines import (
     IndependentBits,
     LogisticChain,
     monolithic_rbm,
-    negative_log_likelihood,
     rbm_reverse_step,
 )
 from trainbook.workflows.timestep_dbn.config import Config
@@ -73,17 +72,9 @@ def test_logistic_loss_is_the_mean_of_the_enumerated_steps():
         assert float(steps[t - 1].mean()) == pytest.approx(exact, abs=4 * float(steps[t - 1].std()) / math.sqrt(size))
 
 
-def test_monolithic_likelihood_matches_enumeration_and_its_size_is_as_asked():
+def test_monolithic_rbm_is_of_the_size_that_was_asked_for():
     rbm = monolithic_rbm(6, 69, 4)
     assert sum(p.numel() for p in rbm.parameters()) == 69  # 6 + 9 (6 + 1)
-    for parameter in rbm.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    W, a, b = (tensor[0].detach().to(DOUBLE) for tensor in (rbm.weight, rbm.visible_bias, rbm.hidden_bias))
-    states = all_bits(6)
-    exact = -torch.log_softmax(states @ a + torch.log1p((b + states @ W).exp()).sum(1), 0)
-    for sweeps in (0, 30):  # annealed forwards, and backwards from samples
-        actual = negative_log_likelihood(rbm, states.float().repeat(32, 1), 100, sweeps)[:64]
-        torch.testing.assert_close(actual.to(DOUBLE), exact, rtol=0, atol=0.03)  # one log Z: 2048 weights of spread < 0.3
 
 
 @pytest.mark.parametrize("kind", ["cosine", "reciprocal", "linear"])

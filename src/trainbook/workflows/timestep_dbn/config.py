@@ -95,6 +95,10 @@ class Config(BaseConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
+    correlation_threshold: float = Field(default=0.0, ge=0, lt=1)
+    """Pull a timestep towards independent units while its chain's autocorrelation is above this and not falling; 0: never."""
+    correlation_lag: int = Field(default=10, ge=1, le=1000)
+    """Sweeps after which that autocorrelation is measured, once an epoch."""
     patience: int = Field(default=0, ge=0)
     """Epochs without a better validation value after which a timestep is no longer updated; 0: update all to the end. The chain
     has the weights of each timestep's best epoch either way."""
@@ -117,14 +121,20 @@ class Config(BaseConfig):
     precision: Literal["float32", "bfloat16", "float16", "mixed"] = "float32"
     """Of the products in the autoencoder and the logistic step; the RBMs' are float32. mixed: what the device is fast at."""
 
-    sampling_sweeps: int = Field(default=20, ge=1)
-    """Gibbs sweeps per reverse step when sampling."""
+    sampling_sweeps: int = Field(default=0, ge=0)
+    """Gibbs sweeps per reverse step when sampling; 0: chosen per timestep from the chain's measured autocorrelation."""
+    most_sampling_sweeps: int = Field(default=200, ge=1)
+    """The most that are chosen when sampling_sweeps = 0."""
     num_samples: int = Field(default=256, ge=8)
     """Ancestral samples drawn at the end."""
     evaluation_images: int = Field(default=256, ge=8)
     """Held-out images that likelihoods and bit errors are measured on, at most."""
+    likelihood_tolerance: float = Field(default=0.002, gt=0)
+    """Nats per bit: wanted width between the two directions of annealing, and standard error at which images suffice."""
     ais_temperatures: int = Field(default=500, ge=2)
-    """Intermediate distributions of annealed importance sampling."""
+    """Intermediate distributions of annealed importance sampling per reverse step, at most."""
+    ais_particles: int = Field(default=2, ge=2, le=1024)
+    """Independent importance weights per estimate, whose mean is taken before the logarithm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
