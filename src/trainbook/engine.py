@@ -158,9 +158,11 @@ class Engine:
                 if save or now - flushed >= FLUSH_SECONDS:
                     values = self._flush(metrics, state, bar)
                     flushed = now
-                    if now - measured >= SYSTEM_SECONDS:
+                    if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
                         reading = session.reading(state.step, now)
-                        self._write(system, [json.dumps({"session": session.name, "step": state.step, **reading})])
+                        self._write(
+                            system, [json.dumps({"session": session.name, "stage": state.stage, "step": state.step, **reading})]
+                        )
                         values.update({name: (state.step, value) for name, value in reading.items()})
                         measured = now
                     events.write(values)

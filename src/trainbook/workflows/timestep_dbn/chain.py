@@ -33,6 +33,9 @@ class TimestepDBN(nn.Module):
             ConditionalRBM(config.timesteps, size, hidden, below + noisy, config.batch_size)
             for size, hidden, below in zip(level_sizes, config.hidden_units, coarser, strict=True)
         )
+        # Per timestep; chosen from the measured autocorrelation where the config does not say.
+        sweeps = config.sampling_sweeps or config.most_sampling_sweeps
+        self.register_buffer("sampling_sweeps", torch.full((config.timesteps,), sweeps))
 
     def blocks(self, start: int, stop: int) -> list[Block]:
         """Per level, the RBMs of the timestep indices start..stop-1 (index t - 1 undoes step t)."""

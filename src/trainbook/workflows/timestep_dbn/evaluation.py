@@ -135,7 +135,8 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
                 difference = per_bit(value - values["chain/nats_per_bit"], bits.shape[1])
                 metrics.update(interval(f"{name}{ABOVE}chain", *difference))
     metrics["chain/conditional_pseudo_likelihood"] = pseudo_likelihood(config, state, clean, schedule)
-    return {**metrics, **bracket_metrics("chain", found, bits.shape[1])}
+    sweeps = {f"chain/sampling_sweeps@{t}": float(number) for t, number in enumerate(dbn.sampling_sweeps.tolist(), 1)}
+    return {**metrics, **bracket_metrics("chain", found, bits.shape[1]), **sweeps}
 
 
 def per_bit(values: Tensor, num_bits: int = 1) -> tuple[float, float]:
@@ -169,12 +170,13 @@ def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], sc
 def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Reverse]:
     """For the chain and every baseline a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
     modules, dbn = state.modules, state.modules["dbn"]
+    sweeps = dbn.sampling_sweeps.tolist()
 
     def chain(noisy: Tensor, t: int) -> Tensor:
-        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, config.sampling_sweeps), 1)
+        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, sweeps[t - 1]), 1)
 
     def of_rbm(name: str) -> Reverse:
-        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, config.sampling_sweeps)
+        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, sweeps[t - 1])
 
     def factorised(name: str) -> Reverse:
         return lambda noisy, t: modules[name].reverse_step(noisy, t, schedule)
@@ -241,7 +243,7 @@ def samples_of_all(config: Config, state: TrainState, schedule: FlipSchedule) ->
     for who, step in reverse_steps(config, state, schedule).items():
         if who in RBM_BASELINES:
             block, start = state.modules[who].block(0, 1), torch.bernoulli(mean.expand(1, num_samples, -1))
-            sweeps = config.sampling_sweeps * config.timesteps  # as many as the chain gets
+            sweeps = int(state.modules["dbn"].sampling_sweeps.sum())  # as many as the chain gets
             samples[who] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
         else:
             samples[who] = sample_trajectory(step, num_samples, len(mean), config.timesteps, mean.device)[-1]

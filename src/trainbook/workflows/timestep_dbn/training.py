@@ -18,22 +18,25 @@ from trainbook.schedule import learning_rate
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.stepper import Stepper
+from trainbook.workflows.timestep_dbn.autocorrelation import integrated_time, measure, sweeps_needed
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
+from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.self_test import check_computation
 from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
-BLOCKS = "blocks"
+BLOCKS, PENALTY = "blocks", "correlation_penalty"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
 GRADIENT_BASELINES = ("logistic_chain", "denoiser")
 VALIDATE_BASELINES_EVERY = 4  # epochs
@@ -108,19 +111,27 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
-        optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
+        plain = plain_rbm_config(config)
+        optimizers.update({name: rbm_adam(plain, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
     return TrainState(
         modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
     )
 
 
+def plain_rbm_config(config: Config) -> Config:
+    """The config as the plain RBMs' optimizer reads it."""
+    return config.model_copy(update={"weight_decay": config.baseline_weight_decay})
+
+
 def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
     """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
-    optimization = config.optimization(config.baseline_learning_rate)
+    rates = {"logistic_chain": config.baseline_learning_rate, "denoiser": config.denoiser_learning_rate}
     members = {name: [list(modules[name].parameters())] for name in (*RBM_BASELINES, "logistic_chain")}
     members["denoiser"] = [[parameter.unsqueeze(0) for parameter in modules["denoiser"].parameters()]]  # one for all timesteps
+    penalty = {PENALTY: CorrelationPenalty(config, modules["dbn"])} if config.correlation_threshold else {}
     return {
-        **{name: Stepper(modules[name], optimization, plan.baseline_steps) for name in GRADIENT_BASELINES},
+        **penalty,
+        **{name: Stepper(modules[name], config.optimization(rate), plan.baseline_steps) for name, rate in rates.items()},
         "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
         **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
     }
@@ -202,11 +213,14 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     optimization = config.optimization(config.learning_rate)
     block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
     start, stop = plan.blocks[block_index]
+    stopping: EarlyStopping = state.stateful["early_stopping"]
+    penalty: CorrelationPenalty | None = state.stateful.get(PENALTY)
     if config.optimizer == "adam":  # before the next one's gradients come
         release(state.optimizers["dbn"], stop - start if block_step else 0)
-    stopping: EarlyStopping = state.stateful["early_stopping"]
     if block_step == 0:
         _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+        if penalty:
+            penalty.begin(start, stop)
         stopping.begin(start, stop)
     views = [rbm_views(level, start, stop) for level in dbn.levels]
     step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
@@ -223,7 +237,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             updates = [rbm_update(config, view, rate) for view in views]
             for first, last in active:
                 parts = [update.at(slice(first - start, last - start)) for update in updates]
-                _update_chain(config, dbn, clean, schedule, first, last, parts)
+                _update_chain(config, dbn, clean, schedule, first, last, parts, penalty)
             step_optimizer(rate)
             if position == 0:
                 stopped = stopping.hold(start, stop)
@@ -231,20 +245,49 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                     metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before, stopped)
                 state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
                 likelihoods = metrics["pseudo_likelihood_by_timestep_and_level"]
-                kept = stopping.judge(start, chain_values(likelihoods, dbn.level_sizes, config.context), epoch)
+                values = chain_values(likelihoods, dbn.level_sizes, config.context)
+                if penalty:  # it trades likelihood for mixing: what it came to is kept, not what it came from
+                    values = torch.full_like(values, epoch)
+                kept = stopping.judge(start, values, epoch)
                 active = stopping.active(start, stop, tile)
                 metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics, "kept_epoch_by_timestep_and_level": kept}
+                if penalty:
+                    correlation = measure(chain_factors(dbn, schedule), codes["valid"], start, stop, config.correlation_lag)
+                    metrics["chain_autocorrelation_by_timestep_and_level"] = slowest = correlation[..., -1].amax(-1)
+                    metrics["correlation_penalty_by_timestep_and_level"] = penalty.adapt(start, slowest)
                 metrics["hints"] = hints(metrics)
         if block_step + 1 == plan.block_steps:
             stopping.restore(start, stop)
+            metrics |= _settle(config, dbn, chain_factors(dbn, schedule), codes["valid"], start, stop)
         block_step += 1
         state.step += 1
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
 
 
+def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Measure how fast the Gibbs chains of trained timesteps forget, and choose their sampling sweeps where none are given."""
+    correlation = measure(factors, codes, start, stop)
+    integrated = integrated_time(correlation)  # (n, F, S)
+    if not config.sampling_sweeps:
+        model.sampling_sweeps[start:stop] = sweeps_needed(integrated.amax((1, 2)), config.most_sampling_sweeps)
+    return {
+        "autocorrelation_first_timestep": start + 1,
+        "autocorrelation_by_timestep_level_statistic_and_lag": correlation,
+        "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
+        "sampling_sweeps_by_timestep": model.sampling_sweeps[start:stop].clone(),
+    }
+
+
 @torch.no_grad()
 def _update_chain(
-    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
+    config: Config,
+    dbn: TimestepDBN,
+    clean: list[Tensor],
+    schedule: FlipSchedule,
+    start: int,
+    stop: int,
+    updates: list[Update],
+    penalty: CorrelationPenalty | None = None,
 ) -> None:
     """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
     previous, noisy = diffuse(clean, schedule, start, stop)
@@ -254,6 +297,8 @@ def _update_chain(
             blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
             config.negative_phase, config.gibbs_sweeps, updates[level],
         )  # fmt: skip
+        if penalty:
+            penalty.apply(level, start, blocks[level], bias, field[level], updates[level])
 
 
 def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
@@ -370,21 +415,26 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
         for rbm in rbms.values():
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
-    step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
+    plain = plain_rbm_config(config)
+    step_optimizers = {name: _attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
+    rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
+    updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
-    optimization = config.optimization(config.baseline_learning_rate)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
-        batch = batches(step)["bits"]
-        rate = learning_rate(optimization, step, plan.baseline_steps)
         for name, view in views.items():
-            with torch.no_grad():
-                block, data = Block(*view), batch.unsqueeze(0)
-                bias, update = block.context_bias(context), rbm_update(config, view, rate)
-                contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
-            step_optimizers[name](rate)
+            for index in range(updates[name] * step, updates[name] * (step + 1)):
+                rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
+                with torch.no_grad():
+                    block, data = Block(*view), batches(index)["bits"].unsqueeze(0)
+                    bias, update = block.context_bias(context), rbm_update(plain, view, rate)
+                    contrastive_step(
+                        block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update
+                    )
+                step_optimizers[name](rate)
+        batch = batches(step)["bits"]
         metrics: dict[str, Any] = {}
         for name in GRADIENT_BASELINES:
             report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
