@@ -160,9 +160,8 @@ class Engine:
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
                         reading = session.reading(state.step, now)
-                        self._write(
-                            system, [json.dumps({"session": session.name, "stage": state.stage, "step": state.step, **reading})]
-                        )
+                        where = {"session": session.name, "stage": state.stage, "step": state.step}
+                        self._write(system, [json.dumps(where | reading)])
                         values.update({name: (state.step, value) for name, value in reading.items()})
                         measured = now
                     events.write(values)
