@@ -22,6 +22,7 @@ from trainbook.workflows.timestep_dbn.chain import (
 )
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
+from trainbook.workflows.timestep_dbn.gradient_bias import negative_phase_bias
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 
 DEAD_BIT_ENTROPY = 0.05  # nats: a bit that is 1 (or 0) in fewer than about 1 % of the images
@@ -40,6 +41,7 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
     end_bit_error: share of wrong bits after undoing the noise of step t (c_t just below 0.25), lower is better.
     sample_covariance_error: root mean square difference of bit covariances, samples against test codes; the
     row `training_data` is the floor that sampling noise alone gives.
+    negative_phase_bias: relative error of the statistics that contrastive divergence takes for the model's.
 
     Raises:
         RunFailed: when some timestep was never trained.
@@ -57,6 +59,7 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
         **{f"{who}/end_bit_error": errors[-1] for who, errors in bit_errors(config, state, test, schedule).items()},
         **sample_errors(config, state, encode_all(model, images), encode_all(model, data.train["images"]), schedule),
         "chain/final_flip_probability": float(schedule.cumulative[-1]),
+        "chain/negative_phase_bias": negative_phase_bias(config, state.modules["dbn"], test, schedule),
     }
 
 
