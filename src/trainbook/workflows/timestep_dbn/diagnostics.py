@@ -56,7 +56,7 @@ def health(block: Block, visible: Tensor, context_bias: Tensor, field: Tensor, b
     hidden = block.hidden_logit(visible, context_bias).sigmoid()
     logit = block.visible_logit(hidden, torch.zeros_like(field))
     start = block.gibbs(visible, context_bias, field, 1)
-    moved = (block.gibbs(start.clone(), context_bias, field, 1) - start).abs().mean((1, 2))
+    moved = (block.gibbs(start, context_bias, field, 1) - start).abs().mean((1, 2))
     return {
         "hidden_saturation": _never_changes(hidden.mean(1)).mean(1),
         "visible_saturation": (logit.abs().mean(1) > DECIDED).float().mean(1),
