@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from tests.workflows.test_timestep_dbn import local_runtime
+from tests.workflows.timestep_dbn.runs import local_runtime
 from trainbook.errors import UserError
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.images import load_data

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workflows.test_timestep_dbn import all_bits, product_of_bernoullis, random_dbn, state_index
+from tests.workflows.timestep_dbn.enumeration import all_bits, product_of_bernoullis, random_dbn, state_index
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workflows.test_timestep_dbn import all_bits, random_case
+from tests.workflows.timestep_dbn.enumeration import all_bits, random_case
 from trainbook.run import prepare
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.qubo import QuadraticModel, export, main, quadratic_model
