@@ -21,12 +21,14 @@ from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, auto
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep, PlainSteps, pays_to_compile
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
@@ -201,7 +203,8 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     views = [rbm_views(level, start, stop) for level in dbn.levels]
     step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
     blocks = dbn.blocks(start, stop)
-    tile = CPU_TILE if device.type == "cpu" else stop - start
+    tile = min(CPU_TILE, stop - start) if device.type == "cpu" else stop - start
+    chain_step = ChainStep(config, dbn, tile, pays_to_compile(config, dbn, plan.block_steps * len(plan.blocks), device))
     active = stopping.active(start, stop, tile)
     while block_step < plan.block_steps:
         epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
@@ -213,7 +216,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             updates = [rbm_update(config, view, rate) for view in views]
             for first, last in active:
                 parts = [update.at(slice(first - start, last - start)) for update in updates]
-                _update_chain(config, dbn, clean, schedule, first, last, parts)
+                _update_chain(chain_step, clean, parts, state.step, first, last)
             step_optimizer(rate)
             if position == 0:
                 stopped = stopping.hold(start, stop)
@@ -231,18 +234,10 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
 
 
-@torch.no_grad()
 def _update_chain(
-    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
+    chain_step: ChainStep, clean: list[Tensor], updates: list[Update], step: int, start: int, stop: int
 ) -> None:
-    """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
-    previous, noisy = diffuse(clean, schedule, start, stop)
-    blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
-    for level, (context, bias) in enumerate(dbn.contexts(blocks, previous, noisy)):
-        contrastive_step(
-            blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
-            config.negative_phase, config.gibbs_sweeps, updates[level],
-        )  # fmt: skip
+    chain_step(clean, step, start, stop, updates)
 
 
 def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
@@ -356,7 +351,8 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
     step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
-    field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
+    chain_steps = plan.block_steps * len(plan.blocks)
+    step_rbms = PlainSteps(config, list(rbms.values()), pays_to_compile(config, state.modules["dbn"], chain_steps, bits.device))
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
     optimization = config.optimization(config.baseline_learning_rate)
     state.stage = BASELINES
@@ -364,12 +360,9 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
         step = state.step - plan.chain_end
         batch = batches(step)["bits"]
         rate = learning_rate(optimization, step, plan.baseline_steps)
-        for name, view in views.items():
-            with torch.no_grad():
-                block, data = Block(*view), batch.unsqueeze(0)
-                bias, update = block.context_bias(context), rbm_update(config, view, rate)
-                contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
-            step_optimizers[name](rate)
+        step_rbms(batch, state.step, [rbm_update(config, view, rate) for view in views.values()])
+        for step_optimizer in step_optimizers.values():
+            step_optimizer(rate)
         metrics: dict[str, Any] = {}
         for name in GRADIENT_BASELINES:
             report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
