@@ -11,6 +11,7 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json, write_atomic
+from trainbook.launching import say_end
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, identity, measured_times, new_run_id
 from trainbook.spec import RunSpec
 from trainbook.tables import Table
@@ -244,11 +245,8 @@ def _execute(
     )
     if prepared.folder.run_json.exists():
         summary = prepared.folder.summary()
-        print(f"\n{summary['status']}: {summary['why']}\nrun     {prepared.folder.path}")
-        if prepared.folder.report.exists():
-            print(f"report  {prepared.folder.report}")
-        if summary["status"] != "complete":
-            print(f"resume  trainbook resume {run_id}")
+        ending = f"{summary['status']}: {summary['why']}"
+        say_end(prepared.folder, ending, resumable=summary["status"] != "complete", launched=False)
     return code
 
 

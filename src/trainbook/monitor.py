@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
@@ -71,3 +73,20 @@ def free_memory_bytes(device: str, limit: int | None = None) -> int:
     else:
         free = psutil.virtual_memory().available
     return free if limit is None else min(free, limit)
+
+
+def stage_seconds(readings: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that each stage of training took, over all sessions; steps that a resumed run took again count again.
+
+    Args:
+        readings: of the run folder's system.jsonl: session, stage and seconds since the session began. One is taken at each
+            stage's end.
+    """
+    total: dict[str, float] = defaultdict(float)
+    session, before = "", 0.0
+    for reading in readings:
+        if reading["session"] != session or reading["seconds"] < before:  # two may have begun in one second
+            session, before = reading["session"], 0.0
+        total[reading.get("stage", "training")] += reading["seconds"] - before
+        before = reading["seconds"]
+    return dict(total)

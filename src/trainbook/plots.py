@@ -134,6 +134,19 @@ def schedules(rates: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure
     return figure
 
 
+def phase_times(seconds: Mapping[str, float]) -> Figure:
+    """How long each phase of a run took: name to seconds."""
+    figure, axes = new_figure(width=6.0, height=0.9 + 0.32 * len(seconds))
+    positions = np.arange(len(seconds))[::-1]
+    axes[0, 0].barh(positions, list(seconds.values()), color="#7fb3e6")
+    for position, value in zip(positions, seconds.values(), strict=True):
+        text = f"{value:.1f} s, {value / max(sum(seconds.values()), 1e-9):.0%}"
+        axes[0, 0].annotate(text, (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes[0, 0].set_yticks(positions, [name.replace("_", " ") for name in seconds])
+    axes[0, 0].set(title="time per phase", xlabel="seconds")
+    return figure
+
+
 def record_curves(history: list[dict[str, Any]]) -> Figure:
     """One panel for each real number that the records hold, over steps, with stages told apart by colour.
 

@@ -27,9 +27,9 @@ from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
 from trainbook.mirror import Mirror
-from trainbook.monitor import peak_memory_bytes
+from trainbook.monitor import peak_memory_bytes, stage_seconds
 from trainbook.processes import train_in_processes
-from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
+from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
@@ -132,6 +132,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.trained = False
         self._initial: dict[str, str] = {}
+        self._phase_seconds: dict[str, float] = {}
         mirrored = runtime.mirror_folder is not None and distributed.rank() == 0
         self._mirror = Mirror(folder, runtime.mirror_folder) if mirrored else None
         self._identity = identity(workflow.name, preset, config, authentic)
@@ -273,7 +274,7 @@ class Run:
         return outcome
 
     @contextmanager
-    def _segment_recorded(self) -> Iterator[None]:
+    def _segment_recorded(self, phase: str = "") -> Iterator[None]:
         """Add the time of the block to this segment; when it breaks, let run.json say failed (or stopped, by Ctrl-C) and why."""
         began = time.monotonic()
         try:
@@ -286,9 +287,10 @@ class Run:
             self.summary.update(status=status, why=(str(error) or type(error).__name__) + remedy)
             raise
         finally:
-            self._segment.update(
-                ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + time.monotonic() - began
-            )
+            seconds = time.monotonic() - began
+            self._segment.update(ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + seconds)
+            if phase:
+                self._phase_seconds[phase] = seconds
             self._write_summary()
             if self.summary["status"] != "running":
                 self.leave()
@@ -371,7 +373,7 @@ class Run:
         if self._unfinished_because:
             return self._unfinished_because
         if not self._complete_already:
-            with self._segment_recorded():
+            with self._segment_recorded("evaluation"):
                 self.summary["metrics"] = self.measure()
             self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
@@ -381,8 +383,9 @@ class Run:
         )
         if compared:
             self._show({"baselines": plots.baseline_bars(metrics, list(compared))})
-        if (table := baseline_table(metrics)) is not None:
-            show(table)
+        for table in (baseline_table(metrics), report.series_table(metrics)):
+            if table is not None:
+                show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
@@ -411,8 +414,11 @@ class Run:
                 show(Image(filename=str(path)))
             return
         seed_step(self.config.seed, DRAWING_STEP)
-        with self._segment_recorded():
-            figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
+        measured = {"step": self.state.step, "stage": EVALUATION, **self.summary.get("metrics", {})}
+        with self._segment_recorded("pictures"):
+            figures = self.workflow.draw(self.config, self.data, self.state, [*self.folder.history(), measured])
+        seconds = {**stage_seconds(read_lines(self.folder.system)), **self._phase_seconds}
+        figures["phase_times"] = plots.phase_times(seconds)
         self._show(figures)
 
     def _show(self, figures: dict[str, Figure]) -> None:

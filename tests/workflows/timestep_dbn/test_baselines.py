@@ -3,6 +3,7 @@
 # T timesteps, B batch, V visible units, H hidden units, G context units, S = 2^V states
 # z visible, h hidden, g context, a and b visible and hidden biases, W weight, U context weight, s logistic function
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,17 @@ from tests.workflows.timestep_dbn.enumeration import (
     product_of_bernoullis,
     state_index,
 )
-from trainbook.workflows.timestep_dbn.baselines import IndependentBits, LogisticChain, monolithic_rbm, negative_log_likelihood
+from tests.workflows.timestep_dbn.runs import digits_run, drive
+from trainbook.data import Data
+from trainbook.state import TrainState
+from trainbook.workflows.timestep_dbn import training
+from trainbook.workflows.timestep_dbn.baselines import (
+    IndependentBits,
+    LogisticChain,
+    monolithic_rbm,
+    rbm_reverse_step,
+)
+from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 
 
@@ -61,14 +72,62 @@ def test_logistic_loss_is_the_mean_of_the_enumerated_steps():
         assert float(steps[t - 1].mean()) == pytest.approx(exact, abs=4 * float(steps[t - 1].std()) / math.sqrt(size))
 
 
-def test_monolithic_likelihood_matches_enumeration_and_its_size_is_as_asked():
+def test_monolithic_rbm_is_of_the_size_that_was_asked_for():
     rbm = monolithic_rbm(6, 69, 4)
     assert sum(p.numel() for p in rbm.parameters()) == 69  # 6 + 9 (6 + 1)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "reciprocal", "linear"])
+def test_reverse_step_of_a_plain_rbm_is_bayes_rule_with_it_as_the_prior(kind):
+    rbm, schedule, states = monolithic_rbm(3, 15, 4), flip_schedule(4, kind).to("cpu"), all_bits(3)
     for parameter in rbm.parameters():
-        nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(parameter)
     W, a, b = (tensor[0].detach().to(DOUBLE) for tensor in (rbm.weight, rbm.visible_bias, rbm.hidden_bias))
-    states = all_bits(6)
-    exact = -torch.log_softmax(states @ a + torch.log1p((b + states @ W).exp()).sum(1), 0)
-    for sweeps in (0, 30):  # annealed forwards, and backwards from samples
-        actual = negative_log_likelihood(rbm, states.float().repeat(32, 1), 100, sweeps)[:64]
-        torch.testing.assert_close(actual.to(DOUBLE), exact, rtol=0, atol=0.03)  # one log Z: 2048 weights of spread < 0.3
+    prior = torch.softmax(states @ a + torch.log1p((b + states @ W).exp()).sum(1), 0)
+    noisy = torch.tensor([1.0, 0, 1])
+    for t in (1, 2, 4):
+        forward = prior @ flip_matrix(3, float(schedule.cumulative[t - 1]))
+        bayes = forward * flip_matrix(3, float(schedule.beta[t]))[:, state_index(noisy)]
+        assert_fits(rbm_reverse_step(rbm, noisy.expand(20_000, -1), t, schedule, sweeps=40), bayes)
+
+
+def train_baselines(config: Config, data: Data, state: TrainState, steps: int) -> None:
+    """The last stage alone, of a run that says that the chain is trained."""
+    state.step = state.total_steps - steps
+    state.stateful["blocks"].moved += 1
+    drive(config, data, state)
+
+
+def test_small_rbm_gets_its_share_of_the_time(tmp_path, monkeypatch):
+    seen, original = [], training.PlainStep.__call__
+
+    def count(step, *rest):
+        seen.append(step.rbm.weight.shape[2])
+        original(step, *rest)
+
+    monkeypatch.setattr(training.PlainStep, "__call__", count)
+    config, data, state = digits_run(tmp_path, small_rbm_updates=5, baseline_epochs=2)
+    train_baselines(config, data, state, 8)
+    widths = {name: state.modules[name].weight.shape[2] for name in ("monolithic_rbm", "small_rbm")}
+    assert len(set(widths.values())) == 2
+    assert {name: seen.count(width) for name, width in widths.items()} == {"monolithic_rbm": 8, "small_rbm": 40}
+
+
+@pytest.mark.parametrize("name", ["monolithic_rbm", "small_rbm", "logistic_chain", "denoiser"])
+def test_every_baseline_keeps_its_best_epoch(tmp_path, monkeypatch, name):
+    values, original = [], training.baseline_values
+    falling = itertools.count(0, -1)
+
+    def worse_and_worse(*arguments):
+        measured = original(*arguments)
+        values.append({key: [p.detach().clone() for p in state.modules[key].parameters()] for key in measured})
+        worth = float(next(falling))
+        return {key: torch.full_like(value, worth) for key, value in measured.items()}
+
+    monkeypatch.setattr(training, "baseline_values", worse_and_worse)
+    config, data, state = digits_run(tmp_path, baseline_epochs=9)
+    train_baselines(config, data, state, 36)
+    assert len(values) == 3  # after epochs 4, 8 and 9
+    for parameter, first, last in zip(state.modules[name].parameters(), values[0][name], values[-1][name], strict=True):
+        assert torch.equal(parameter, first)
+        assert parameter.numel() == 0 or not torch.equal(first, last)

@@ -32,7 +32,7 @@ from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn import chain as chain_module
 from trainbook.workflows.timestep_dbn import evaluation
 from trainbook.workflows.timestep_dbn.baselines import LogisticChain
-from trainbook.workflows.timestep_dbn.chain import bound, reverse_step
+from trainbook.workflows.timestep_dbn.chain import reverse_step
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 
@@ -51,40 +51,12 @@ def test_reverse_step_histogram_fits_the_enumerated_transition(context, noisy_co
             assert_fits(samples, exact)
 
 
-@pytest.mark.parametrize("noisy_context", [True, False])
-@pytest.mark.parametrize("context", ["hidden_mean", "bits"])
-def test_bound_matches_enumeration(context, noisy_context, monkeypatch):
-    dbn, _ = random_dbn([3, 2, 1], timesteps=3, context=context, noisy_context=noisy_context)
-    schedule, size, z_0 = flip_schedule(3, "cosine").to("cpu"), 4000, 37
-    monkeypatch.setattr(chain_module, "EVALUATION_ROWS", 2 * size)  # two chunks of timesteps
-    matrices = [reverse_matrix(dbn, t, schedule) for t in (1, 2, 3)]
-    exact = enumerated_bound(matrices, schedule, z_0)
-    terms = bound(dbn, all_bits(6)[[z_0]].float().expand(size, -1).split(dbn.level_sizes, 1), schedule, temperatures=60)
-    standard_error = terms[1:].std(1) / math.sqrt(size)
-    assert terms.shape == (4, size)
-    assert standard_error.max() < 0.05
-    torch.testing.assert_close(terms[0].to(DOUBLE), exact[0].expand(size), rtol=0, atol=1e-5)
-    assert ((terms[1:].mean(1) - exact[1:]).abs() < 4 * standard_error).all()
-    negative_log = -float(end_of_chain(matrices)[z_0].log())
-    assert float(exact.sum()) > negative_log
-    assert float(terms.sum(0).mean()) > negative_log
-
-
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_prior_divergence_matches_enumeration(kind):
     schedule = flip_schedule(6, kind).to("cpu")  # the linear one ends far from fair coins
     end = flip_matrix(5, float(schedule.cumulative[-1]))[11]
     actual = chain_module.prior_divergence([torch.zeros(3, 4), torch.zeros(3, 1)], schedule)
     assert actual.tolist() == pytest.approx([float((end * (32 * end).log()).sum())] * 3, abs=1e-6, rel=1e-5)
-
-
-def test_bound_with_sampled_context_is_still_a_bound():
-    dbn, _ = random_dbn([3, 2, 1], timesteps=2, context="hidden_sample")
-    schedule, size = flip_schedule(2, "cosine").to("cpu"), 2000
-    p = end_of_chain([reverse_matrix(dbn, t, schedule) for t in (1, 2)])
-    for z_0 in (5, 37, 60):
-        estimate = bound(dbn, all_bits(6)[[z_0]].float().expand(size, -1).split(dbn.level_sizes, 1), schedule, 60).sum(0)
-        assert float(estimate.mean()) - 4 * float(estimate.std()) / math.sqrt(size) > -float(p[z_0].log())
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +150,11 @@ def test_likelihoods_match_enumeration(stripes, stripe_matrices):
         "monolithic_rbm": -float(log_p[rows].mean()),
         "independent_bits": -float(independent.log().mean()),
     }
+    width = metrics["chain/nats_per_bit"] - metrics["chain/nats_per_bit_other_direction"]
+    assert width == pytest.approx(metrics["chain/bracket_nats_per_bit"], abs=1e-6)
+    steps = [metrics[f"chain/step_nats_per_bit@{t}"] for t in range(1, 5)]
+    prior = chain_module.prior_divergence(test, schedule)[0].item() / 9
+    assert sum(steps) + prior == pytest.approx(metrics["chain/nats_per_bit"], abs=1e-5)
     for who in ("chain", "logistic_chain"):
         error = metrics[f"{who}/nats_per_bit_standard_error"]
         assert error < 0.02

@@ -19,7 +19,7 @@ from tests.workflows.timestep_dbn.enumeration import (
     state_index,
 )
 from tests.workflows.timestep_dbn.runs import bars_and_stripes
-from trainbook.optim import Stepper
+from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn import denoiser as denoiser_module
 from trainbook.workflows.timestep_dbn.baselines import LogisticChain
 from trainbook.workflows.timestep_dbn.config import Config
@@ -108,14 +108,10 @@ def test_steps_are_exact_means_over_the_previous_state(model):
         for parameter in made.parameters():
             nn.init.normal_(parameter)
     steps, noisy = made.negative_log_steps(states[[z_0]].expand(400, -1), schedule)
-    matrix = (
-        denoiser_reverse_matrix
-        if model == "denoiser"
-        else lambda model, t, schedule, _: logistic_reverse_matrix(model, t, schedule)
-    )
     for t in (1, 2, 3):
-        log_p = matrix(made, t, schedule, 3).log()  # (z_t, z_{t-1})
-        exact = -torch.xlogy(posterior(3, t, schedule)[z_0], log_p.exp()).sum(1)  # (z_t,)
+        is_logistic = model == "logistic_chain"
+        reverse = logistic_reverse_matrix(made, t, schedule) if is_logistic else denoiser_reverse_matrix(made, t, schedule, 3)
+        exact = -torch.xlogy(posterior(3, t, schedule)[z_0], reverse).sum(1)  # (z_t,)
         torch.testing.assert_close(steps[t - 1].detach(), exact[state_index(noisy[t - 1])], rtol=0, atol=1e-9)
         assert_fits(noisy[t - 1], flip_matrix(3, float(schedule.cumulative[t]))[z_0])
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from trainbook.workflows.timestep_dbn.annealing import log_partition, mean_log_weight, reverse_log_partition
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip, posterior_probability
 from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
@@ -113,23 +112,3 @@ def monolithic_rbm(num_bits: int, num_parameters: int, num_chains: int) -> Condi
     """One RBM over the bits of all levels with about `num_parameters` parameters: the chain's size, T = 1, no condition."""
     hidden = max(1, round((num_parameters - num_bits) / (num_bits + 1)))
     return ConditionalRBM(1, num_bits, hidden, 0, num_chains)
-
-
-@torch.no_grad()
-def negative_log_likelihood(rbm: ConditionalRBM, bits: Tensor, temperatures: int, sweeps: int = 0) -> Tensor:
-    """-log p(z) = F(z) + log Z with log Z by annealed importance sampling; (B, V) -> (B,), in nats.
-
-    Args:
-        rbm: of one timestep, without condition.
-        bits: (B, V).
-        temperatures: of the annealing, with as many particles as there are bits' rows.
-        sweeps: as in `chain.bound`.
-    """
-    block, field = rbm.block(0, 1), torch.zeros_like(bits).unsqueeze(0)
-    bias = block.context_bias(field[..., :0])
-    if sweeps:
-        log_weights = reverse_log_partition(block, bias, field, temperatures, block.gibbs(bits.unsqueeze(0), bias, field, sweeps))
-        log_z = -mean_log_weight(-log_weights.squeeze(0))
-    else:
-        log_z = mean_log_weight(log_partition(block, bias, field, temperatures).squeeze())
-    return block.free_energy(bits.unsqueeze(0), bias).squeeze(0) + log_z

@@ -18,7 +18,7 @@ from trainbook.workflows.timestep_dbn.config import Config
 logger = logging.getLogger("trainbook")
 
 CPU_TILE = 10  # timesteps stepped at once on a CPU, so that what a step makes stays in the cache
-METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
+METRIC_ROWS = 128  # codes of each split that per-epoch metrics are measured on
 USED_SHARE = 0.9  # of the free memory: the allocator rounds up and keeps some
 GPU_MEMORY_PAGE = "see 'GPU memory' in the workflow's README"
 

@@ -3,8 +3,9 @@
 # T timesteps, B batch, V visible units, H hidden units, G context units; z visible, h hidden, g context
 # a visible bias, b hidden bias, W weight, U context weight; "+" of the data, "-" of the model
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,8 @@ from trainbook.layers import blend_, product
 from trainbook.workflows.timestep_dbn.elementwise import Elementwise
 from trainbook.workflows.timestep_dbn.random_bits import unit_index
 from trainbook.workflows.timestep_dbn.rbm import Block
+
+NegativePhase = Literal["pcd", "recovery", "cd"]
 
 # What the random numbers of a level are used for: the first two, then hidden and visible units of every sweep in turn.
 TRANSITION, MESSAGE, FIRST_SWEEP = 0, 1, 2
@@ -103,39 +106,40 @@ def run_negative_phase(
     phases: Phases,
     chains: Tensor,
     coupling: Tensor | None,
-    start: Literal["pcd", "recovery", "cd"],
+    start: NegativePhase,
     sweeps: int,
     keys: Tensor,
     kernels: Elementwise,
 ) -> None:
-    """Block Gibbs sampling: `sweeps` times z ~ P(z | h, z_t), with h ~ P(h | z, g) between them; z- is written to `phases`.
+    """Block Gibbs sampling, `sweeps` times h ~ P(h | z, g) and z ~ P(z | h, z_t); z- is written to `phases`.
+
+    The first h is the chains' own where they are kept as hidden units.
 
     Args:
         block: the RBMs.
         phases: with `data`, `signs` and `bias`; without a coupling the signs are not looked at.
-        chains: hidden units of the persistent chains, (T, B, H).
+        chains: persistent chains, (T, B, V), or (T, B, H) where there is no context.
         coupling: Gamma_t, (T, 1, 1), or None for RBMs without a condition.
-        start: the first h is that of the chains, or drawn from P(h | z_t, g), or from P(h | z_{t-1}, g).
+        start: at the persistent chains, at z_t, or at z_{t-1}.
         sweeps: at least 1.
         keys: of the level's random numbers, (uses, T, 2, 1).
         kernels: compiled or eager.
     """
-    hidden, uses = chains, iter(keys[FIRST_SWEEP:])
-    key, signs = next(uses), None if coupling is None else phases.signs
-    if start != "pcd":
+    draws, signs = iter(keys[FIRST_SWEEP:]), None if coupling is None else phases.signs
+    hidden, key = chains, next(draws)
+    if start != "pcd" or phases.context.shape[2]:
         if start == "recovery":
             torch.add(phases.signs, 1.0, out=phases.model).mul_(0.5)
-        product(phases.data if start == "cd" else phases.model, block.weight, out=phases.state)
-        kernels.draw_hidden(phases.state, phases.bias, phases.hidden_index, key)
-        hidden = phases.state
+        visible = {"pcd": chains, "recovery": phases.model, "cd": phases.data}[start]
+        hidden = product(visible, block.weight, out=phases.state)
+        kernels.draw_hidden(hidden, phases.bias, phases.hidden_index, key)
     for sweep in range(sweeps):
         if sweep:
-            product(phases.model, block.weight, out=phases.state)
-            kernels.draw_hidden(phases.state, phases.bias, phases.hidden_index, next(uses))
-            hidden = phases.state
+            hidden = product(phases.model, block.weight, out=phases.state)
+            kernels.draw_hidden(hidden, phases.bias, phases.hidden_index, next(draws))
         product(hidden, block.weight.transpose(1, 2), out=phases.model)
         bias = block.visible_bias.unsqueeze(1)
-        kernels.draw_visible(phases.model, bias, coupling, signs, phases.visible_index, next(uses))
+        kernels.draw_visible(phases.model, bias, coupling, signs, phases.visible_index, next(draws))
 
 
 def contrastive_update(
@@ -175,3 +179,28 @@ def contrastive_update(
         positive, negative = hidden.chunk(2, 1)
         difference = torch.add(positive, negative, out=phases.state)
         product(phases.context.transpose(1, 2), difference, out=context_weight, keep=update.keep)
+
+
+def contrastive_step(
+    block: Block,
+    phases: Phases,
+    chains: Tensor,
+    coupling: Tensor | None,
+    start: NegativePhase,
+    sweeps: int,
+    update: Update,
+    keys: Tensor,
+    kernels: Elementwise,
+    message: Tensor | None = None,
+    run: Callable[[Callable[[], None]], None] = lambda work: work(),
+) -> None:
+    """Run the negative phase and apply the contrastive statistics; with pcd the chains move on.
+
+    Arguments as of `run_negative_phase` and `contrastive_update`; `run` calls the former.
+    """
+    run(partial(run_negative_phase, block, phases, chains, coupling, start, sweeps, keys, kernels))
+    moves, has_context = start == "pcd", bool(phases.context.shape[2])
+    if moves and has_context:
+        chains.copy_(phases.model)
+    hidden_chains = chains if moves and not has_context else None
+    contrastive_update(block, phases, update, kernels, message, hidden_chains, keys[FIRST_SWEEP + 2 * sweeps])

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid, silu
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip, posterior_probability
 
 NUM_BLOCKS = 2
-TIMESTEPS_PER_IMAGE = 2  # of a batch
+TIMESTEPS_PER_IMAGE = 3  # of a batch: with the chain's number of parameters a step then costs about what one of the chain does
 
 
 class Denoiser(nn.Module):

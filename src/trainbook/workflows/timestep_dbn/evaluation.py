@@ -12,9 +12,8 @@ from trainbook.comparison import ABOVE, STANDARD_ERROR, interval
 from trainbook.data import Data
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
-from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, negative_log_likelihood, rbm_reverse_step
+from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, rbm_reverse_step
 from trainbook.workflows.timestep_dbn.chain import (
-    bound,
     diffuse,
     fields,
     posterior_entropy,
@@ -23,12 +22,12 @@ from trainbook.workflows.timestep_dbn.chain import (
 )
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
+from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, chain_factors, plain_bracket
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.sample_metrics import sample_metrics
 
 DEAD_BIT_ENTROPY = 0.05  # nats: a bit that is 1 (or 0) in fewer than about 1 % of the images
 START_FLIP = 0.25  # bit errors are measured from the largest t with c_t below this
-REVERSE_SWEEPS = 10  # times sampling_sweeps: Gibbs sweeps that draw the model's sample for the reverse annealing
 FLIP_RATES = (0.01, 0.05, 0.1)
 
 Reverse = Callable[[Tensor, int], Tensor]
@@ -111,25 +110,21 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
     """-ln p of held-out codes per bit for every model, with standard errors over images.
 
     Where annealing is needed, `nats_per_bit` is its unflattering direction for our chain and its flattering one for the
-    plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two.
+    plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two. As many images are looked at as
+    the chain's standard error needs.
     """
-    bits = torch.cat(test, 1)
-    dbn = state.modules["dbn"]
-    clean = list(bits.split(dbn.level_sizes, 1))
-    temperatures, sweeps = config.ais_temperatures, REVERSE_SWEEPS * config.sampling_sweeps
-    rbms = {name: state.modules[name] for name in RBM_BASELINES}
-    with torch.random.fork_rng():
-        flattering = bound(dbn, clean, schedule, temperatures).sum(0)
+    dbn, annealing = state.modules["dbn"], Annealing.of(config)
+    found = bracket(chain_factors(dbn, schedule), test, config.timesteps, annealing, "chain")
+    clean = [level[: found.high.shape[1]] for level in test]
+    bits, prior = torch.cat(clean, 1), prior_divergence(clean, schedule)
+    plain = {name: plain_bracket(state.modules[name], bits, annealing) for name in RBM_BASELINES}
     values = {
-        "chain/nats_per_bit": bound(dbn, clean, schedule, temperatures, sweeps).sum(0),
-        **{f"{name}/nats_per_bit": negative_log_likelihood(rbm, bits, temperatures) for name, rbm in rbms.items()},
+        "chain/nats_per_bit": prior + found.high.sum(0),
+        **{f"{name}/nats_per_bit": low for name, (low, _) in plain.items()},
         **{f"{name}/nats_per_bit": factorised_bound(state.modules[name], bits, schedule) for name in GRADIENT_BASELINES},
         "independent_bits/nats_per_bit": state.modules["independent_bits"].negative_log_likelihood(bits),
-        "chain/nats_per_bit_other_direction": flattering,
-        **{
-            f"{name}/nats_per_bit_other_direction": negative_log_likelihood(rbm, bits, temperatures, sweeps)
-            for name, rbm in rbms.items()
-        },
+        "chain/nats_per_bit_other_direction": prior + found.low.sum(0),
+        **{f"{name}/nats_per_bit_other_direction": high for name, (_, high) in plain.items()},
     }
     metrics = {}
     for name, value in values.items():
@@ -139,7 +134,9 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
             if not name.startswith("chain"):  # image by image: what is hard for every model cancels
                 difference = per_bit(value - values["chain/nats_per_bit"], bits.shape[1])
                 metrics.update(interval(f"{name}{ABOVE}chain", *difference))
-    return {**metrics, "chain/conditional_pseudo_likelihood": pseudo_likelihood(config, state, clean, schedule)}
+    metrics["chain/conditional_pseudo_likelihood"] = pseudo_likelihood(config, state, clean, schedule)
+    sweeps = {f"chain/sampling_sweeps@{t}": float(number) for t, number in enumerate(dbn.sampling_sweeps.tolist(), 1)}
+    return {**metrics, **bracket_metrics("chain", found, bits.shape[1]), **sweeps}
 
 
 def per_bit(values: Tensor, num_bits: int = 1) -> tuple[float, float]:
@@ -148,7 +145,7 @@ def per_bit(values: Tensor, num_bits: int = 1) -> tuple[float, float]:
 
 
 def factorised_bound(model: torch.nn.Module, bits: Tensor, schedule: FlipSchedule) -> Tensor:
-    """The bound of `chain.bound` on -log p(z_0) for a model whose reverse step treats bits apart; (B, V) -> (B,), in nats.
+    """The bound of `likelihood` on -log p(z_0) for a model whose reverse step treats bits apart; (B, V) -> (B,), in nats.
 
     Only z_t is drawn; the mean over z_{t-1} is exact.
     """
@@ -173,12 +170,13 @@ def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], sc
 def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Reverse]:
     """For the chain and every baseline a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
     modules, dbn = state.modules, state.modules["dbn"]
+    sweeps = dbn.sampling_sweeps.tolist()
 
     def chain(noisy: Tensor, t: int) -> Tensor:
-        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, config.sampling_sweeps), 1)
+        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, sweeps[t - 1]), 1)
 
     def of_rbm(name: str) -> Reverse:
-        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, config.sampling_sweeps)
+        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, sweeps[t - 1])
 
     def factorised(name: str) -> Reverse:
         return lambda noisy, t: modules[name].reverse_step(noisy, t, schedule)
@@ -245,7 +243,7 @@ def samples_of_all(config: Config, state: TrainState, schedule: FlipSchedule) ->
     for who, step in reverse_steps(config, state, schedule).items():
         if who in RBM_BASELINES:
             block, start = state.modules[who].block(0, 1), torch.bernoulli(mean.expand(1, num_samples, -1))
-            sweeps = config.sampling_sweeps * config.timesteps  # as many as the chain gets
+            sweeps = int(state.modules["dbn"].sampling_sweeps.sum())  # as many as the chain gets
             samples[who] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
         else:
             samples[who] = sample_trajectory(step, num_samples, len(mean), config.timesteps, mean.device)[-1]

@@ -11,6 +11,7 @@ from trainbook.data import Data
 from trainbook.plots import heatmap, image_grid, new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all
+from trainbook.workflows.timestep_dbn.chain_pictures import draw_measured
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.evaluation import (
@@ -61,6 +62,7 @@ def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, 
         "hidden_usage": draw_hidden_usage(hidden_usage(dbn, test, schedule), LEVEL_NAMES),
         "neighbours": draw_neighbours(sets, train, to_pictures),
         "distances": draw_distances(sets, train),
+        **draw_measured(history),
         "bit_error": draw_bit_errors(bit_errors(config, state, test, schedule), start_timestep(schedule), schedule),
     }
 

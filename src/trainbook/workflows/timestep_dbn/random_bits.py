@@ -1,7 +1,7 @@
-"""Random numbers from counters: every draw is a function of seed, step, use, timestep and unit, and of nothing else.
+"""Random numbers from counters: every draw is a function of seed, stream, step, use, timestep and unit, and of nothing else.
 
 Block size, tile, device, number of threads and resuming therefore leave them as they are. One number is an integer hash
-of two rounds; each takes in 32 bits of a 64-bit key of (seed, step, use, timestep) and the first an index of (row, unit):
+of two rounds; each takes in 32 bits of a 64-bit key of (seed, stream, step, use, timestep), the first also (row, unit):
 
     x <- (index ^ key_1) * 0x7FEB352D,  x <- x ^ (x >> 15),  x <- (x + key_2) * 0x846CA68B,  uniform number = x / 2^32
 
@@ -23,17 +23,19 @@ KEYS_AT_ONCE = 2**15  # keys are made for so many (step, use, timestep) in one g
 
 
 class RandomKeys:
-    """The keys of every draw of a run.
+    """The keys of every draw of what a run trains in one go.
 
     Args:
         seed: of the run.
+        stream: different for everything that is trained.
         uses: number of draws within a step and timestep.
         timesteps: T.
         device: where the numbers are needed.
     """
 
-    def __init__(self, seed: int, uses: int, timesteps: int, device: torch.device | str) -> None:
-        self._seed, self._shape, self._device = seed, (uses, timesteps), torch.device(device)
+    def __init__(self, seed: int, stream: int, uses: int, timesteps: int, device: torch.device | str) -> None:
+        self._base = _mixed(_mixed(np.uint64(seed)) + np.uint64(stream))
+        self._shape, self._device = (uses, timesteps), torch.device(device)
         self._steps = max(1, KEYS_AT_ONCE // (uses * timesteps))
         self._chunk, self._keys = -1, torch.empty(0)
         self._current = torch.empty(uses, timesteps, 2, 1, dtype=torch.int32, device=self._device)
@@ -44,7 +46,7 @@ class RandomKeys:
         if chunk != self._chunk:
             steps = np.arange(chunk * self._steps, (chunk + 1) * self._steps, dtype=np.uint64)
             use, timestep = np.indices(self._shape, dtype=np.uint64)
-            of_step = _mixed(_mixed(np.uint64(self._seed)) + steps).reshape(-1, 1, 1)
+            of_step = _mixed(_mixed(self._base) + steps).reshape(-1, 1, 1)
             keys = _mixed(of_step + (use << np.uint64(32)) + timestep)  # (steps, uses, T)
             self._keys = torch.from_numpy(keys.view(np.int32).reshape(*keys.shape, 2, 1)).to(self._device)
             self._chunk = chunk

@@ -11,6 +11,7 @@ Likelihood, arXiv 2012.08125; Jelincic et al. (2025), arXiv 2510.23972, for the 
 # a visible bias, b hidden bias, W weight, U context weight
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class ConditionalRBM(nn.Module):
         visible_units: V.
         hidden_units: H.
         context_units: G, 0 for none.
-        num_chains: persistent Gibbs chains kept per timestep, as the state of their hidden units.
+        num_chains: persistent Gibbs chains kept per timestep. Their state is that of the visible units, which then draw hidden
+            units that know the context of a new step; without a context it is that of the hidden units, one product less.
     """
 
     def __init__(self, timesteps: int, visible_units: int, hidden_units: int, context_units: int, num_chains: int) -> None:
@@ -39,7 +41,8 @@ class ConditionalRBM(nn.Module):
         self.visible_bias = nn.Parameter(torch.zeros(timesteps, visible_units))
         self.hidden_bias = nn.Parameter(torch.zeros(timesteps, hidden_units))
         self.context_weight = nn.Parameter(scale * torch.randn(timesteps, context_units, hidden_units))
-        self.register_buffer("chains", torch.bernoulli(torch.full((timesteps, num_chains, hidden_units), 0.5)))
+        units = visible_units if context_units else hidden_units
+        self.register_buffer("chains", torch.bernoulli(torch.full((timesteps, num_chains, units), 0.5)))
 
     @torch.no_grad()
     def start_from(self, source: int, start: int, stop: int) -> None:
@@ -108,7 +111,9 @@ class Block:
         linear = (visible * self.visible_bias.unsqueeze(1)).sum(-1)
         return -linear - softplus(self.hidden_logit(visible, context_bias)).sum(-1)
 
-    def gibbs(self, visible: Tensor, context_bias: Tensor, field: Tensor, sweeps: int) -> Tensor:
+    def gibbs(
+        self, visible: Tensor, context_bias: Tensor, field: Tensor, sweeps: int, sample: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Block Gibbs sampling: `sweeps` times h ~ P(h | z, g), then z ~ P(z | h, z_t).
 
         Args:
@@ -116,21 +121,20 @@ class Block:
             context_bias: (T, B, H).
             field: (T, B, V), Gamma_t (2 z_t - 1).
             sweeps: at least 0.
+            sample: draws bits with given log odds; `sample_bits` unless given.
 
         Returns:
             (T, B, V), values in {0, 1}.
         """
+        sample = sample or sample_bits
         for _ in range(sweeps):
-            hidden = sample_bits(self.hidden_logit(visible, context_bias))
-            visible = sample_bits(self.visible_logit(hidden, field))
+            hidden = sample(self.hidden_logit(visible, context_bias))
+            visible = sample(self.visible_logit(hidden, field))
         return visible
 
 
 def sample_bits(logit: Tensor) -> Tensor:
-    """Bits with P(1) = sigmoid(logit), written over the logit.
-
-    `rand < p` costs 17 ns a bit on one core where `torch.bernoulli` costs 24.
-    """
+    """Bits with P(1) = sigmoid(logit), written over the logit, from torch's generator; training draws with `elementwise`."""
     return torch.lt(torch.rand_like(logit), logit.sigmoid_(), out=logit)
 
 

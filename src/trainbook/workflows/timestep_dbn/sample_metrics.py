@@ -19,18 +19,20 @@ from trainbook.workflows.timestep_dbn.two_samples import (
 
 RESAMPLES = 200
 FLOOR = "training_data"
-MEMORY_SHARE = 0.05  # of held-out codes lie nearer to a training code than what counts as remembered
 
 
 @torch.no_grad()
 def sample_metrics(samples: dict[str, Tensor], test: Tensor, train: Tensor, num_rows: int) -> dict[str, float]:
-    """Metrics of each set of samples against held-out codes, and of as many training codes, the floor; lower is better.
+    """Metrics of each set of samples against held-out codes, and of as many training codes, the floor.
+
+    Lower is better in all but the last two.
 
     sample_mean_error, sample_covariance_error: root mean square difference of the bits' means and covariances.
     squared_mmd: see `two_samples.squared_mmd`; its bandwidth is the median distance of held-out codes.
     c2st_linear, c2st_kernel: share of rows that a cross-validated classifier tells right; 0.5 is indistinguishable.
     nearest_training_distance: mean Hamming distance to the nearest training code, per bit; of a training code to another.
-    remembered_share: of the samples, how many lie nearer to a training code than 95 % of the held-out codes do.
+    nearer_than_held_out: probability that a sample lies nearer to the training codes than a held-out code does, 0.5 for new
+    samples as good as the data; towards 1 the model remembers, towards 0 it makes what is unlike the data.
 
     Args:
         samples: name to (N, V); "chain" is compared with every other.
@@ -93,16 +95,25 @@ def classifier_metrics(sets: dict[str, Tensor], test: Tensor, kind: str, seed: i
 
 
 def neighbour_metrics(sets: dict[str, Tensor], test: Tensor, train: Tensor, chosen: Tensor) -> dict[str, float]:
-    """Distances to the nearest training code, and how many are suspiciously short; `chosen` are the floor's rows of `train`."""
-    num_bits, metrics = test.shape[1], {}
-    held_out, _ = nearest(test, train)
-    shortest = torch.quantile(held_out, MEMORY_SHARE, interpolation="lower")
-    among_training, _ = nearest(train, train, among_itself=True)
-    distances = {who: among_training[chosen] if who == FLOOR else nearest(bits, train)[0] for who, bits in sets.items()}
-    for who, values in {**distances, "held_out_data": held_out}.items():
-        share = float((values < shortest).double().mean())
-        metrics[f"{who}/nearest_training_distance"] = float(values.mean()) / num_bits
-        metrics[f"{who}/nearest_training_distance{STANDARD_ERROR}"] = float(values.std()) / num_bits / math.sqrt(len(values))
-        metrics[f"{who}/remembered_share"] = share
-        metrics[f"{who}/remembered_share{STANDARD_ERROR}"] = math.sqrt(share * (1 - share) / len(values))
+    """Distances to the nearest training code beside those of held-out codes; `chosen` are the floor's rows of `train`."""
+    metrics, held_out = {}, nearest(test, train)[0] / test.shape[1]
+    among_training = nearest(train, train, among_itself=True)[0]
+    found = {who: among_training[chosen] if who == FLOOR else nearest(bits, train)[0] for who, bits in sets.items()}
+    distances = {**{who: values / test.shape[1] for who, values in found.items()}, "held_out_data": held_out}
+    for who, values in distances.items():
+        name = f"{who}/nearest_training_distance"
+        metrics[name], metrics[name + STANDARD_ERROR] = float(values.mean()), float(values.std()) / math.sqrt(len(values))
+        if who != "held_out_data":
+            name = f"{who}/nearer_than_held_out"
+            metrics[name], metrics[name + STANDARD_ERROR] = probability_below(values, held_out)
     return metrics
+
+
+def probability_below(values: Tensor, others: Tensor) -> tuple[float, float]:
+    """P(x < y) + P(x = y) / 2 of a value and another, with its standard error; (N,), (M,).
+
+    Source: DeLong et al. (1988), Comparing the Areas under Two or More Correlated Receiver Operating Characteristic Curves.
+    """
+    below = (torch.sign(others - values.unsqueeze(1)) + 1) / 2  # (N, M): 1, 0, or 1/2 for a tie
+    variance = below.mean(1).var() / len(values) + below.mean(0).var() / len(others)
+    return float(below.mean()), math.sqrt(variance)

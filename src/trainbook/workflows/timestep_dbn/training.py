@@ -12,27 +12,33 @@ from trainbook.data import Batches, Data
 from trainbook.errors import RunFailed, is_out_of_memory
 from trainbook.fitting import Stage
 from trainbook.monitor import free_memory_bytes
-from trainbook.optim import Stepper, learning_rate
 from trainbook.records import Record
 from trainbook.runtime import Runtime
+from trainbook.schedule import learning_rate
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
+from trainbook.stepper import Stepper
+from trainbook.workflows.timestep_dbn.autocorrelation import integrated_time, measure, sweeps_needed
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
-from trainbook.workflows.timestep_dbn.chain_step import ChainStep, PlainSteps, pays_to_compile
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep, PlainStep, pays_to_compile
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.contrastive import Update
+from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
+from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
+from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.self_test import check_computation
 from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
-BLOCKS = "blocks"
+BLOCKS, PENALTY = "blocks", "correlation_penalty"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
 GRADIENT_BASELINES = ("logistic_chain", "denoiser")
 VALIDATE_BASELINES_EVERY = 4  # epochs
@@ -107,31 +113,47 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
-        optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
+        plain = plain_rbm_config(config)
+        optimizers.update({name: rbm_adam(plain, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
     return TrainState(
         modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
     )
 
 
+def plain_rbm_config(config: Config) -> Config:
+    """The config as the plain RBMs' optimizer reads it."""
+    return config.model_copy(update={"weight_decay": config.baseline_weight_decay})
+
+
 def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
     """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
-    optimization = config.optimization(config.baseline_learning_rate)
+    rates = {"logistic_chain": config.baseline_learning_rate, "denoiser": config.denoiser_learning_rate}
     members = {name: [list(modules[name].parameters())] for name in (*RBM_BASELINES, "logistic_chain")}
     members["denoiser"] = [[parameter.unsqueeze(0) for parameter in modules["denoiser"].parameters()]]  # one for all timesteps
+    penalty = {PENALTY: CorrelationPenalty(config, modules["dbn"])} if config.correlation_threshold else {}
     return {
-        **{name: Stepper(modules[name], optimization, plan.baseline_steps) for name in GRADIENT_BASELINES},
+        **penalty,
+        **{name: Stepper(modules[name], config.optimization(rate), plan.baseline_steps) for name, rate in rates.items()},
         "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
         **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
     }
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
-    """Train stage after stage from `state.step`; yields once per step.
+    """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when some timestep made no update in an epoch, or in the whole run.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch.
         UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
+    deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
+    for record in _train_stages(config, data, state):
+        if state.step == 1:
+            record.metrics["self_test"] = deviations
+        yield record
+
+
+def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     plan = _plan(config, data, state)
     if config.autoencoder and state.step == 0:
         check_codes(state.modules[AUTOENCODER], config, data.valid["images"])
@@ -141,7 +163,6 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
             yield from _train_chain(config, data, codes, state)
-        state.stateful[BLOCKS].check_all_trained()
         if config.optimizer == "adam":
             release(state.optimizers["dbn"], 0)
         yield from _train_baselines(config, codes, state, _plan(config, data, state))
@@ -195,16 +216,20 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
     start, stop = plan.blocks[block_index]
     stopping: EarlyStopping = state.stateful["early_stopping"]
+    penalty: CorrelationPenalty | None = state.stateful.get(PENALTY)
     if config.optimizer == "adam":  # before the next one's gradients come
         release(state.optimizers["dbn"], stop - start if block_step else 0)
     if block_step == 0:
         _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+        if penalty:
+            penalty.begin(start, stop)
         stopping.begin(start, stop)
     views = [rbm_views(level, start, stop) for level in dbn.levels]
     step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
     blocks = dbn.blocks(start, stop)
     tile = min(CPU_TILE, stop - start) if device.type == "cpu" else stop - start
-    chain_step = ChainStep(config, dbn, tile, pays_to_compile(config, dbn, plan.block_steps * len(plan.blocks), device))
+    compiled = pays_to_compile(config, dbn, plan.block_steps * len(plan.blocks))
+    chain_step = ChainStep(config, dbn, tile, compiled, penalty)
     active = stopping.active(start, stop, tile)
     while block_step < plan.block_steps:
         epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
@@ -224,14 +249,37 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                     metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before, stopped)
                 state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
                 likelihoods = metrics["pseudo_likelihood_by_timestep_and_level"]
-                kept = stopping.judge(start, chain_values(likelihoods, dbn.level_sizes, config.context), epoch)
+                values = chain_values(likelihoods, dbn.level_sizes, config.context)
+                if penalty:  # it trades likelihood for mixing: what it came to is kept, not what it came from
+                    values = torch.full_like(values, epoch)
+                kept = stopping.judge(start, values, epoch)
                 active = stopping.active(start, stop, tile)
                 metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics, "kept_epoch_by_timestep_and_level": kept}
+                if penalty:
+                    correlation = measure(chain_factors(dbn, schedule), codes["valid"], start, stop, config.correlation_lag)
+                    metrics["chain_autocorrelation_by_timestep_and_level"] = slowest = correlation[..., -1].amax(-1)
+                    metrics["correlation_penalty_by_timestep_and_level"] = penalty.adapt(start, slowest)
+                metrics["hints"] = hints(metrics)
         if block_step + 1 == plan.block_steps:
             stopping.restore(start, stop)
+            metrics |= _settle(config, dbn, chain_factors(dbn, schedule), codes["valid"], start, stop)
         block_step += 1
         state.step += 1
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
+
+
+def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Measure how fast the Gibbs chains of trained timesteps forget, and choose their sampling sweeps where none are given."""
+    correlation = measure(factors, codes, start, stop)
+    integrated = integrated_time(correlation)  # (n, F, S)
+    if not config.sampling_sweeps:
+        model.sampling_sweeps[start:stop] = sweeps_needed(integrated.amax((1, 2)), config.most_sampling_sweeps)
+    return {
+        "autocorrelation_first_timestep": start + 1,
+        "autocorrelation_by_timestep_level_statistic_and_lag": correlation,
+        "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
+        "sampling_sweeps_by_timestep": model.sampling_sweeps[start:stop].clone(),
+    }
 
 
 def _update_chain(
@@ -324,6 +372,8 @@ def _epoch_metrics(
     still = [start + 1 + int(t) for norm in norms for t in ((norm == 0) & ~stopped).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    beta = schedule.beta[start + 1 : stop + 1]
+    alive = [health(b, z, bias, f, beta) for b, z, f, bias in valid]
     named = {
         "reconstruction_error": errors,
         "pseudo_likelihood": likelihoods,
@@ -334,6 +384,8 @@ def _epoch_metrics(
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},
         **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
+        "dead_bits_by_level": dead_bits(codes["train"]),
     }
 
 
@@ -350,19 +402,22 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
         for rbm in rbms.values():
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
-    step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
-    chain_steps = plan.block_steps * len(plan.blocks)
-    step_rbms = PlainSteps(config, list(rbms.values()), pays_to_compile(config, state.modules["dbn"], chain_steps, bits.device))
+    plain = plain_rbm_config(config)
+    step_optimizers = {name: _attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
+    rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
+    updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
+    compiled = pays_to_compile(config, state.modules["dbn"], plan.block_steps * len(plan.blocks))
+    step_rbms = {name: PlainStep(config, rbm, stream, compiled) for stream, (name, rbm) in enumerate(rbms.items(), 1)}
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
-    optimization = config.optimization(config.baseline_learning_rate)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
+        for name, view in views.items():
+            for index in range(updates[name] * step, updates[name] * (step + 1)):
+                rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
+                step_rbms[name](batches(index)["bits"], index, rbm_update(plain, view, rate))
+                step_optimizers[name](rate)
         batch = batches(step)["bits"]
-        rate = learning_rate(optimization, step, plan.baseline_steps)
-        step_rbms(batch, state.step, [rbm_update(config, view, rate) for view in views.values()])
-        for step_optimizer in step_optimizers.values():
-            step_optimizer(rate)
         metrics: dict[str, Any] = {}
         for name in GRADIENT_BASELINES:
             report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
