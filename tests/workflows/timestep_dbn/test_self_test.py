@@ -2,13 +2,14 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from trainbook.errors import RunFailed
 from trainbook.run import prepare
-from trainbook.workflows.timestep_dbn import chain, rbm, self_test, training
+from trainbook.workflows.timestep_dbn import chain, contrastive, elementwise, rbm, self_test, training
 from trainbook.workflows.timestep_dbn.rbm import Block
 from trainbook.workflows.timestep_dbn.self_test import ROUNDING, STANDARD_ERRORS, check_computation
 
@@ -50,10 +51,19 @@ FAULTS = {
         rbm, "sample_bits", lambda f: lambda x: (x.sigmoid() > 0.5).to(x.dtype), "Gibbs samples",
     ),
     "gradient of the wrong sign": (
-        self_test, "contrastive_update", lambda f: lambda b, d, c, bias, m, u: f(b, m, c, bias, d, u), "gradient of the free",
+        self_test, "contrastive_update", lambda f: lambda b, p, u, k: f(b, p, replace(u, scale=-1.0), k), "gradient of the free",
     ),
     "negative phase of the data": (
-        rbm, "contrastive_update", lambda f: lambda b, d, c, bias, m, u: f(b, d, c, bias, d, u), "contrastive gradient",
+        contrastive, "contrastive_update", lambda f: lambda b, p, *r: (p.model.copy_(p.data), f(b, p, *r)), "contrastive gradient",
+    ),
+    "negative phase without its field": (
+        contrastive, "run_negative_phase", lambda f: lambda b, p, c, coupling, *r: f(b, p, c, 0 * coupling, *r), "negative phase",
+    ),
+    "random numbers that favour 1": (
+        elementwise, "random_uniforms", lambda f: changed(f, lambda x: x.mul_(0.9)), "negative phase",
+    ),
+    "thresholds in a wrong order": (
+        elementwise, "draw_transition", lambda f: lambda z, cuts, *r, **o: f(z, cuts[:, [1, 0, 2]], *r, **o), "transitions in training",
     ),
     "annealing without its base": (self_test, "log_partition", lambda f: changed(f, lambda x: x - 0.5), "annealed Z"),
     "half the coupling": (self_test, "fields", lambda f: changed(f, lambda x: [0.5 * part for part in x]), "exact coupling"),
@@ -92,7 +102,7 @@ def test_a_run_records_it_once_and_fails_with_it(monkeypatch):
     assert [record["step"] for record in records if "self_test" in record] == [1]
     for name, value in records[0]["self_test"].items():
         assert value <= (STANDARD_ERRORS if name.endswith("standard errors") else ROUNDING), name
-    assert len(records[0]["self_test"]) == 10
+    assert len(records[0]["self_test"]) == 12
 
     def fails(device):
         raise RunFailed("the self-test failed on a test")

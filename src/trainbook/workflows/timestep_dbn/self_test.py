@@ -14,8 +14,11 @@ from trainbook.errors import RunFailed
 from trainbook.seeding import seed_step
 from trainbook.workflows.timestep_dbn.annealing import log_partition
 from trainbook.workflows.timestep_dbn.chain import diffuse, fields
-from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
-from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_step, contrastive_update
+from trainbook.workflows.timestep_dbn.contrastive import Phases, Update, contrastive_step, contrastive_update, num_draws
+from trainbook.workflows.timestep_dbn.diffusion import flip_schedule, transition_thresholds
+from trainbook.workflows.timestep_dbn.elementwise import Elementwise
+from trainbook.workflows.timestep_dbn.random_bits import RandomKeys, threshold, unit_index
+from trainbook.workflows.timestep_dbn.rbm import Block
 
 logger = logging.getLogger("trainbook")
 
@@ -134,24 +137,37 @@ def _check_gradients(tiny: _Tiny) -> dict[str, float]:
             target.zero_()
         return flat
 
-    data, model = tiny.states.chunk(2, 1)
-    wide = tiny.context.expand(-1, num_states // 2, -1)
-    contrastive_update(block, data, wide, block.context_bias(wide), model, update)
+    def phases(batch: int) -> Phases:
+        """Of the tiny RBMs, with their one condition in every row."""
+        made = Phases(block, batch)
+        made.context.copy_(tiny.context.expand_as(made.context))
+        made.signs.copy_(tiny.field.sign().expand_as(made.signs))
+        made.set_bias(block)
+        return made
+
+    kernels = Elementwise(False, T * 2 * SAMPLES * max(V, H), tiny.field.device)
+    half = phases(num_states // 2)
+    half.visible.copy_(tiny.states)
+    contrastive_update(block, half, update, kernels)
     exact = statistics[:, : num_states // 2].mean(1) - statistics[:, num_states // 2 :].mean(1)
     found = {"gradient of the free energy": _largest(taken() - exact)}
 
-    data, wide = tiny.states.repeat(1, SAMPLES // num_states, 1), tiny.context.expand(-1, SAMPLES, -1)
-    chains = torch.randint(2, (T, SAMPLES, V), device=data.device).float()
-    field, bias = tiny.field.expand(-1, SAMPLES, -1), block.context_bias(wide)
-    contrastive_step(block, chains, data, data, wide, bias, field, "pcd", SWEEPS, update)
+    whole = phases(SAMPLES)
+    whole.data.copy_(tiny.states.repeat(1, SAMPLES // num_states, 1))
+    chains = torch.randint(2, (T, SAMPLES, V), device=tiny.field.device).float()
+    coupling = torch.tensor(COUPLINGS, device=tiny.field.device).view(-1, 1, 1)
+    keys = RandomKeys(_any_seed(), 0, num_draws(SWEEPS), T, tiny.field.device)(0)
+    contrastive_step(block, whole, chains, coupling, "pcd", SWEEPS, update, keys, kernels)
     mean = (p * statistics).sum(1)
     variance = (p * statistics.square()).sum(1) - mean.square()
     error = (variance / SAMPLES).sqrt() + ROUNDING / STANDARD_ERRORS
     found["contrastive gradient, in standard errors"] = _largest((taken() - (statistics.mean(1) - mean)) / error)
-    index = (_double(chains) @ 2.0 ** torch.arange(V - 1, -1, -1, dtype=DOUBLE)).long()
-    share = torch.stack([row.bincount(minlength=num_states) for row in index]) / SAMPLES
+    drawn = block.gibbs(chains, whole.bias, tiny.field.expand(-1, SAMPLES, -1), SWEEPS)
     p = tiny.probability
-    found["Gibbs samples, in standard errors"] = _largest((share - p) / (p * (1 - p) / SAMPLES).sqrt())
+    for name, samples in {"negative phase": chains, "Gibbs samples": drawn}.items():
+        index = (_double(samples) @ 2.0 ** torch.arange(V - 1, -1, -1, dtype=DOUBLE)).long()
+        share = torch.stack([row.bincount(minlength=num_states) for row in index]) / SAMPLES
+        found[f"{name}, in standard errors"] = _largest((share - p) / (p * (1 - p) / SAMPLES).sqrt())
     return found
 
 
@@ -173,15 +189,27 @@ def _check_diffusion(device: torch.device) -> dict[str, float]:
         several = torch.linalg.multi_dot([torch.eye(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE), *steps])
         cumulative = max(cumulative, abs(float(several[0, 1]) - float(here.cumulative[t])))
     clean = torch.randint(2, (SAMPLES, V), device=device).float()
-    previous, noisy = (bits[0] for bits in diffuse([clean], here, 0, STEPS))
-    drawn = torch.stack([(previous != clean).double().mean((1, 2)), (noisy != previous).double().mean((1, 2))]).cpu()
     expected = torch.stack([schedule.cumulative[:-1], schedule.beta[1:]])
     error = (expected * (1 - expected) / (SAMPLES * V)).sqrt() + 1e-12  # nothing is flipped before the first step
+
+    def deviation(previous: Tensor, noisy: Tensor) -> float:
+        flipped = torch.stack([(previous != clean).double().mean((1, 2)), (noisy != previous).double().mean((1, 2))])
+        return _largest((flipped.cpu() - expected) / error)
+
+    previous, signs = clean.new_empty(2, STEPS, SAMPLES, V)
+    key, index = RandomKeys(_any_seed(), 0, 1, STEPS, device)(0)[0], unit_index(SAMPLES, V, device)
+    cuts = threshold(transition_thresholds(schedule)).to(device)
+    Elementwise(False, previous.numel(), device).draw_transition(clean, cuts, index, key, previous, signs)
     return {
         "exact coupling": coupling,
         "closed form of the flips": cumulative,
-        "drawn flips, in standard errors": _largest((drawn - expected) / error),
+        "drawn flips, in standard errors": deviation(*(bits[0] for bits in diffuse([clean], here, 0, STEPS))),
+        "transitions in training, in standard errors": deviation(previous, (signs + 1) / 2),
     }
+
+
+def _any_seed() -> int:
+    return int(torch.randint(2**31, ()))
 
 
 def _states(num_bits: int) -> Tensor:
