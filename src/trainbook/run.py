@@ -17,7 +17,7 @@ from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
 from trainbook.config import BaseConfig
-from trainbook.data import Data
+from trainbook.data import Data, origin
 from trainbook.engine import Engine, Outcome
 from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
@@ -381,9 +381,8 @@ class Run:
     def _show(self, figures: dict[str, Figure]) -> None:
         self.folder.figures.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            mark = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
             path = self.folder.figures / f"{name}.png"
-            footnote = " · ".join(part for part in (self.run_id, f"step {self.state.step}", mark) if part)
+            footnote = " · ".join(part for part in (self.run_id, f"step {self.state.step}", origin(self.data.synthetic)) if part)
             png = plots.to_png(figure, footnote)
             if not self._complete_already:  # a complete run's files stand in run.json with their checksums
                 path.write_bytes(png)
