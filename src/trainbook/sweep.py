@@ -326,11 +326,13 @@ def draw(found: Sequence[Estimate]) -> Figure:
     places = [(others, metric) for others in rows for metric in metrics]
     colours = {who: f"C{index}" for index, who in enumerate(dict.fromkeys(who for lines in panels.values() for who in lines))}
     figure, axes = plots.new_figure(num_columns, math.ceil(len(places) / num_columns))
-    for panel, (others, metric) in itertools.zip_longest(axes.flat, places, fillvalue=("", "")):
+    for index, (panel, (others, metric)) in enumerate(itertools.zip_longest(axes.flat, places, fillvalue=("", ""))):
         lines = panels.get((others, metric))
         if not lines:
             panel.set_axis_off()
             continue
+        if len(rows) > 1 and index >= num_columns:
+            panel.sharey(axes[0, index % num_columns])
         points = {who: [(_place(e.values[first]), e.mean, e.low, e.high) for e in line] for who, line in lines.items()}
         plots.interval_lines(panel, points, colours)
         panel.set(xlabel=first, title=metric.replace("_", " ") + (f"\n{others}" if others else ""))
