@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
     {"errors", "devices"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
@@ -40,6 +40,9 @@ ROWS = [
     {"report", "execution", "processes", "spec"},
     {"run", "doctor", "bundles", "plan", "launching"},
     {"verification", "worker"},
+    {"headless"},
+    {"trials"},
+    {"sweep"},
     {"__main__"},
 ]
 ONLY_USERS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainbook.acceleration import COMPILE_OPTIONS, compilation_problem
-from trainbook.workflows.timestep_dbn.random_bits import random_integers, random_uniforms, unit_index
+from trainbook.workflows.timestep_dbn.random_bits import random_integers, random_uniforms
 
 logger = logging.getLogger("trainbook")
 
@@ -135,17 +135,6 @@ def weigh_phases(
 def draw_bits(probability: Tensor, index: Tensor, key: Tensor, scratch: Scratch = None) -> None:
     """Draw bits that are 1 with the given probability, (T, B, N); they are written over it."""
     _draw(probability, index, key, probability, scratch)
-
-
-def keyed_sampler(keys: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that draws bits with given log odds, (T, B, N), as `rbm.sample_bits` does, with the next of some keys each time."""
-    remaining = iter(keys)
-
-    def sample(logit: Tensor) -> Tensor:
-        draw_hidden(logit, logit.new_zeros(()), unit_index(*logit.shape[1:], logit.device), next(remaining))
-        return logit
-
-    return sample
 
 
 class Elementwise:

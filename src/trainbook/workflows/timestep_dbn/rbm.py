@@ -11,7 +11,6 @@ Likelihood, arXiv 2012.08125; Jelincic et al. (2025), arXiv 2510.23972, for the 
 # a visible bias, b hidden bias, W weight, U context weight
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +110,7 @@ class Block:
         linear = (visible * self.visible_bias.unsqueeze(1)).sum(-1)
         return -linear - softplus(self.hidden_logit(visible, context_bias)).sum(-1)
 
-    def gibbs(
-        self, visible: Tensor, context_bias: Tensor, field: Tensor, sweeps: int, sample: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def gibbs(self, visible: Tensor, context_bias: Tensor, field: Tensor, sweeps: int) -> Tensor:
         """Block Gibbs sampling: `sweeps` times h ~ P(h | z, g), then z ~ P(z | h, z_t).
 
         Args:
@@ -121,15 +118,13 @@ class Block:
             context_bias: (T, B, H).
             field: (T, B, V), Gamma_t (2 z_t - 1).
             sweeps: at least 0.
-            sample: draws bits with given log odds; `sample_bits` unless given.
 
         Returns:
             (T, B, V), values in {0, 1}.
         """
-        sample = sample or sample_bits
         for _ in range(sweeps):
-            hidden = sample(self.hidden_logit(visible, context_bias))
-            visible = sample(self.visible_logit(hidden, field))
+            hidden = sample_bits(self.hidden_logit(visible, context_bias))
+            visible = sample_bits(self.visible_logit(hidden, field))
         return visible
 
 
