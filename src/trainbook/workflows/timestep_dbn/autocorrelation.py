@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainbook.workflows.timestep_dbn.likelihood import CPU_ROWS, GPU_ROWS, Factor, Factors
+from trainbook.workflows.timestep_dbn.likelihood import Factor, Factors
 
+CPU_CHAINS, GPU_CHAINS = 256, 8192  # (timestep, condition, chain) triples run at once: bounds the memory of what is recorded
 NUM_CONDITIONS = 32
 NUM_PROJECTIONS = 8
 RECORDED = 4  # sweeps per lag looked at
@@ -36,7 +37,7 @@ def measure(factors: Factors, clean: Sequence[Tensor], start: int, stop: int, ma
         (n, F, S, K + 1); S = 2: projections pooled, energy.
     """
     images = [bits[:NUM_CONDITIONS] for bits in clean]
-    rows = CPU_ROWS if images[0].device.type == "cpu" else GPU_ROWS
+    rows = CPU_CHAINS if images[0].device.type == "cpu" else GPU_CHAINS
     size = max(1, rows // (2 * len(images[0])))
     tiles = [
         torch.stack([_of_factor(factor, max_lag) for factor in factors(images, first, min(first + size, stop))], 1)
@@ -53,13 +54,13 @@ def _of_factor(factor: Factor, max_lag: int) -> Tensor:
     field = factor.field.repeat(1, 2, 1)
     directions = torch.randn(visible.shape[2], NUM_PROJECTIONS, device=visible.device, dtype=visible.dtype)
     visible = block.gibbs(visible, bias, field, RECORDED * max_lag // 4)
-    series = []
-    for _ in range(RECORDED * max_lag):
+    series = visible.new_empty(RECORDED * max_lag, *visible.shape[:2], NUM_PROJECTIONS + 1)
+    for values in series:
         visible = block.gibbs(visible, bias, field, 1)
-        energy = block.free_energy(visible, bias) - (field * visible).sum(-1)
-        series.append(torch.cat([visible @ directions, energy.unsqueeze(-1)], -1))
-    pairs = torch.stack(series).unflatten(2, (2, -1))  # (N, n, 2, B, projections + 1)
-    covariance = autocovariance(pairs.movedim(2, 1), max_lag).mean(2)  # over conditions: (K + 1, n, projections + 1)
+        torch.matmul(visible, directions, out=values[..., :-1])
+        values[..., -1] = block.free_energy(visible, bias) - (field * visible).sum(-1)
+    pairs = series.unflatten(2, (2, -1)).movedim(2, 1)  # (N, 2, n, B, projections + 1)
+    covariance = autocovariance(pairs, max_lag).mean(2)  # over conditions: (K + 1, n, projections + 1)
     pooled = torch.stack([covariance[..., :-1].sum(-1), covariance[..., -1]], -1).movedim(0, -1)  # (n, S, K + 1)
     return pooled / pooled[..., :1].clamp(min=torch.finfo(pooled.dtype).tiny)
 
@@ -70,14 +71,14 @@ def autocovariance(series: Tensor, max_lag: int) -> Tensor:
     E[x]^2 is the product of the two chains' means; both are centred first, which changes the variance only.
 
     Args:
-        series: (N, 2, ...).
+        series: (N, 2, ...), centred in place.
         max_lag: K, below N.
 
     Returns:
         (K + 1, ...)
     """
     means = series.mean(0)
-    centred = series - means.mean(0)
+    centred = series.sub_(means.mean(0))
     apart = (means[0] - means[1]).square() / 4  # minus the product of the centred means
     length = len(series)
     lags = [(centred[: length - k] * centred[k:]).mean((0, 1)) for k in range(max_lag + 1)]

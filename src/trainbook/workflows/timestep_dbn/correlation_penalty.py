@@ -9,14 +9,16 @@ Source: Jelincic et al. (2025), arXiv 2510.23972, adaptive correlation penalty.
 
 # T timesteps, B batch, V visible units, H hidden units, L levels, n timesteps of a tile
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainbook.layers import product
-from trainbook.workflows.timestep_dbn.chain import TimestepDBN
+from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
 from trainbook.workflows.timestep_dbn.rbm import Block, Update
 
 LOWEST = 1e-3  # a strength below this is none
@@ -81,26 +83,30 @@ class CorrelationPenalty:
         ]
 
     @torch.no_grad()
-    def apply(self, level: int, start: int, block: Block, context_bias: Tensor, field: Tensor, update: Update) -> None:
-        """Move the chains of some timesteps on under new conditions and add the penalty to the update; nothing at strength 0.
+    def apply(
+        self, dbn: TimestepDBN, clean: Sequence[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: Sequence[Update]
+    ) -> None:
+        """Move the chains of some timesteps on under new conditions and add the penalty to the updates; nothing at strength 0.
 
         Args:
-            level: which.
-            start: timestep index of the first.
-            block: the RBMs, (n, ...).
-            context_bias: (n, B, H).
-            field: (n, B, V).
-            update: where the contrastive statistics went.
+            dbn: the chain.
+            clean: z_0 per level, [(B, V_l)]: its noisy bits and context are the conditions.
+            schedule: on the bits' device.
+            start, stop: timestep indices.
+            updates: where the contrastive statistics of these timesteps went, per level.
         """
-        rows = slice(start, start + len(field))
-        strength = self.strength[rows, level].to(field.device)
-        if not bool((self.strength[rows, level] > 0).any()):
+        strengths = self.strength[start:stop]
+        if not bool((strengths > 0).any()):
             return
-        both = self.chains[level][rows].flatten(1, 2)
-        bias = context_bias.expand(*field.shape[:2], -1)
-        both = block.gibbs(both, bias.repeat(1, 2, 1), field.repeat(1, 2, 1), self._config.gibbs_sweeps).unflatten(1, (2, -1))
-        self.chains[level][rows] = both
-        add_correlation_penalty(block, both[:, 0], both[:, 1], bias, strength, update)
+        previous, noisy = diffuse(clean, schedule, start, stop)
+        blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
+        for level, (_, bias) in enumerate(dbn.contexts(blocks, previous, noisy)):
+            bias, both = bias.expand(-1, len(clean[0]), -1), self.chains[level][start:stop].flatten(1, 2)
+            both = blocks[level].gibbs(both, bias.repeat(1, 2, 1), field[level].repeat(1, 2, 1), self._config.gibbs_sweeps)
+            both = both.unflatten(1, (2, -1))
+            self.chains[level][start:stop] = both
+            strength = strengths[:, level].to(both.device)
+            add_correlation_penalty(blocks[level], both[:, 0], both[:, 1], bias, strength, updates[level])
 
     def adapt(self, start: int, measured: Tensor) -> Tensor:
         """Take in the autocorrelations of an epoch, (n, L), of the timesteps from index `start` on; returns their strengths."""

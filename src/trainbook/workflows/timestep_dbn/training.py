@@ -1,6 +1,6 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,8 +28,9 @@ from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
+from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_adam, rbm_update, rbm_views
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_step, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
@@ -163,11 +164,6 @@ def _plan(config: Config, data: Data, state: TrainState) -> Plan:
     return plan
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _train_autoencoder(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return autoencoder_loss(model, batch["images"], config.confidence_weight, config.balance_weight)
@@ -213,7 +209,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             penalty.begin(start, stop)
         stopping.begin(start, stop)
     views = [rbm_views(level, start, stop) for level in dbn.levels]
-    step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
+    step_optimizer = attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
     blocks = dbn.blocks(start, stop)
     tile = CPU_TILE if device.type == "cpu" else stop - start
     active = stopping.active(start, stop, tile)
@@ -227,7 +223,9 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             updates = [rbm_update(config, view, rate) for view in views]
             for first, last in active:
                 parts = [update.at(slice(first - start, last - start)) for update in updates]
-                _update_chain(config, dbn, clean, schedule, first, last, parts, penalty)
+                _update_chain(config, dbn, clean, schedule, first, last, parts)
+                if penalty:
+                    penalty.apply(dbn, clean, schedule, first, last, parts)
             step_optimizer(rate)
             if position == 0:
                 stopped = stopping.hold(start, stop)
@@ -269,14 +267,7 @@ def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tens
 
 @torch.no_grad()
 def _update_chain(
-    config: Config,
-    dbn: TimestepDBN,
-    clean: list[Tensor],
-    schedule: FlipSchedule,
-    start: int,
-    stop: int,
-    updates: list[Update],
-    penalty: CorrelationPenalty | None = None,
+    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
 ) -> None:
     """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
     previous, noisy = diffuse(clean, schedule, start, stop)
@@ -286,49 +277,6 @@ def _update_chain(
             blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
             config.negative_phase, config.gibbs_sweeps, updates[level],
         )  # fmt: skip
-        if penalty:
-            penalty.apply(level, start, blocks[level], bias, field[level], updates[level])
-
-
-def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
-    """Weight, visible bias, hidden bias and context weight of some timesteps as leaves that share the module's memory."""
-    tensors = (rbm.weight, rbm.visible_bias, rbm.hidden_bias, rbm.context_weight)
-    views = [tensor.detach()[start:stop].requires_grad_() for tensor in tensors]
-    for view in views:
-        view.grad = torch.zeros_like(view)
-    return views
-
-
-def rbm_update(config: Config, view: list[Tensor], rate: float) -> Update:
-    """Where an RBM's statistics go: with sgd into the parameters at once, with adam into the gradients."""
-    return Update.sgd(view, rate, config.weight_decay) if config.optimizer == "sgd" else Update.gradient(view)
-
-
-def rbm_adam(config: Config, views: list[list[Tensor]]) -> torch.optim.Optimizer:
-    """AdamW for RBM parameters in the order of `rbm_views`; weights decay, biases do not."""
-    groups = [
-        {"params": [tensor for view in views for tensor in (view[0], view[3])], "weight_decay": config.weight_decay},
-        {"params": [tensor for view in views for tensor in view[1:3]], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-
-
-def _attach_optimizer(
-    config: Config, state: TrainState, name: str, views: list[list[Tensor]], fresh: bool
-) -> Callable[[float], None]:
-    """Put an optimizer of these views into the state; returns its step as a function of the rate (nothing to do with sgd)."""
-    if config.optimizer == "sgd":
-        return lambda rate: None
-    optimizer = rbm_adam(config, views)
-    if not fresh:
-        optimizer.load_state_dict(state.optimizers[name].state_dict())
-    state.optimizers[name] = optimizer
-
-    def step(rate: float) -> None:
-        _set_rate(optimizer, rate)
-        optimizer.step()
-
-    return step
 
 
 @torch.no_grad()
@@ -401,7 +349,7 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
     plain = plain_rbm_config(config)
-    step_optimizers = {name: _attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
+    step_optimizers = {name: attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
     rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
     updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
