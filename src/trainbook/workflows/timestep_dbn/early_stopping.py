@@ -105,7 +105,6 @@ class EarlyStopping:
 
 
 def _copy(source: Sequence[Tensor], target: Sequence[Tensor], timesteps: Tensor) -> None:
-    if len(timesteps):
+    for index in timesteps.tolist():  # one by one: gathered together they would take as much memory again
         for one, other in zip(source, target, strict=True):
-            chosen = timesteps.to(one.device)
-            other[chosen] = one[chosen]
+            other[index].copy_(one[index])

@@ -63,16 +63,22 @@ def draw_transition(
     """
     x, y = (part.view(torch.int32) for part in _pair(previous, scratch))
     random_integers(index, key, x, y)
-    torch.ge(x, thresholds[:, 1 : 2], out=y)
+    torch.ge(x, thresholds[:, 1:2], out=y)
     signs.copy_(y).sub_(clean).abs_().mul_(2.0).sub_(1.0)
-    torch.ge(x, thresholds[:, 0 : 1], out=y)
+    torch.ge(x, thresholds[:, 0:1], out=y)
     previous.copy_(y).sub_(clean).abs_()
-    torch.ge(x, thresholds[:, 2 : 3], out=y)
+    torch.ge(x, thresholds[:, 2:3], out=y)
     previous.sub_(y).abs_()
 
 
 def draw_visible(
-    logit: Tensor, bias: Tensor, coupling: Tensor | None, signs: Tensor | None, index: Tensor, key: Tensor, scratch: Scratch = None
+    logit: Tensor,
+    bias: Tensor,
+    coupling: Tensor | None,
+    signs: Tensor | None,
+    index: Tensor,
+    key: Tensor,
+    scratch: Scratch = None,
 ) -> None:
     """Draw z ~ P(z | h, z_t), bits with the log odds hW' + a + Gamma_t (2 z_t - 1).
 

@@ -139,7 +139,7 @@ def convergence_table(config: Config, epochs: list[dict[str, Any]], metric: str)
 
 
 def draw_convergence(config: Config, epochs: list[dict[str, Any]]) -> Figure:
-    """Timestep x epoch heatmaps, means over levels; two of them as the change since epoch 1, which differs most between steps."""
+    """Timestep x epoch heatmaps, means over levels, two as the change since epoch 1; a dot where the weights are from."""
     figure, axes = new_figure(3, width=4.2, height=3.2)
     extent = (0.5, config.epochs_per_timestep + 0.5, 0.5, config.timesteps + 0.5)
     error, likelihood, update = (
@@ -152,6 +152,11 @@ def draw_convergence(config: Config, epochs: list[dict[str, Any]]) -> Figure:
     )
     for panel, (title, values, unit) in zip(axes[0], panels, strict=True):
         heatmap(panel, values, title, "epoch", "timestep t", unit, extent)
+    kept = convergence_table(config, epochs, "kept_epoch")
+    last = [row[~np.isnan(row).all(-1)][-1] for row in kept if not np.isnan(row).all()]  # (timesteps, levels)
+    for level in range(len(LEVEL_NAMES)):
+        axes[0, 1].plot([row[level] for row in last], range(1, len(last) + 1), "wo", markeredgecolor="black", markersize=4)
+    axes[0, 1].set_title("pseudo-likelihood since epoch 1; o kept", fontsize=10)
     return figure
 
 

@@ -92,7 +92,7 @@ def threshold(probability: Tensor) -> Tensor:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words whose output looks random; Steele et al. (2014), Fast Splittable Pseudorandom Number Generators."""
+    """A bijection of 64-bit words whose output looks random; Steele et al. (2014), Fast Splittable Pseudorandom Numbers."""
     with np.errstate(over="ignore"):  # a scalar that wraps warns, an array does not
         x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
