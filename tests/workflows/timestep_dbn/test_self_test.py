@@ -54,7 +54,10 @@ FAULTS = {
         self_test, "contrastive_update", lambda f: lambda b, p, u, k: f(b, p, replace(u, scale=-1.0), k), "gradient of the free",
     ),
     "negative phase of the data": (
-        contrastive, "contrastive_update", lambda f: lambda b, p, *r: (p.model.copy_(p.data), f(b, p, *r)), "contrastive gradient",
+        contrastive,
+        "contrastive_update",
+        lambda f: lambda b, p, *r: (p.model.copy_(p.data), f(b, p, *r)),
+        "contrastive gradient",
     ),
     "negative phase without its field": (
         contrastive, "run_negative_phase", lambda f: lambda b, p, c, coupling, *r: f(b, p, c, 0 * coupling, *r), "negative phase",
@@ -63,7 +66,10 @@ FAULTS = {
         elementwise, "random_uniforms", lambda f: changed(f, lambda x: x.mul_(0.9)), "negative phase",
     ),
     "thresholds in a wrong order": (
-        elementwise, "draw_transition", lambda f: lambda z, cuts, *r, **o: f(z, cuts[:, [1, 0, 2]], *r, **o), "transitions in training",
+        elementwise,
+        "draw_transition",
+        lambda f: lambda z, cuts, *r, **o: f(z, cuts[:, [1, 0, 2]], *r, **o),
+        "transitions in training",
     ),
     "annealing without its base": (self_test, "log_partition", lambda f: changed(f, lambda x: x - 0.5), "annealed Z"),
     "half the coupling": (self_test, "fields", lambda f: changed(f, lambda x: [0.5 * part for part in x]), "exact coupling"),
