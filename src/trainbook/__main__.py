@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `trainbook show NAME | head` has read enough
         sys.stdout = None
         return 0
+    except KeyboardInterrupt:  # before a run has begun to listen: what was saved earlier is as it was
+        print("interrupted", file=sys.stderr)
+        return EXIT_CODES["stopped"]
     except RunFailed as error:
         print(error, file=sys.stderr)
         return EXIT_CODES["failed"]
