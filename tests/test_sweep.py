@@ -314,6 +314,7 @@ def test_the_picture_has_a_line_per_model_through_the_means():
     low, high = loss.get_ylim()
     assert low < 1.5
     assert high > 12.5
+    assert all(len(segment) < 2 for segment in error.containers[0].lines[2][0].get_segments())  # one seed: no bar
     assert [line.get_color() for line in (loss.containers[0].lines[0], error.containers[0].lines[0])] == ["C0", "C0"]
 
 
