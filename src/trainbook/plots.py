@@ -144,7 +144,7 @@ def interval_lines(
             [math.nan if end is None else abs(end - v) for end, v in zip(side, values, strict=True)] for side in (lows, highs)
         ]
         label = name.replace("_", " ") or "run"
-        bars = axes.errorbar(x, values, sides, fmt=".-", color=colours[name], markersize=5, capsize=2, linewidth=1, label=label)
+        bars = axes.errorbar(x, values, ends, fmt=".-", color=colours[name], markersize=5, capsize=2, linewidth=1, label=label)
         aside = ScaledTranslation(POINTS_BESIDE * (index - (len(lines) - 1) / 2) / 72, 0, axes.figure.dpi_scale_trans)
         for part in bars.get_children():  # moved when the axes have their limits already, which do not count such moves
             part.set_transform(axes.transData + aside)
