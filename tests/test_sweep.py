@@ -109,9 +109,10 @@ def test_names_stay_when_values_and_seeds_come_and_change_when_the_config_does()
     assert names(["1"], "3") == names(["1"], "", seed="3")
 
 
-def test_long_values_make_names_that_a_disk_takes():
-    planned = sweep.plan("timestep_dbn", "smoke", {"dataset": "file"}, {"data_file": ["a" * 500, "a" * 501, "b/" * 90]}, "0,1")
-    assert len({trial.run_id for trial in planned.trials}) == 6
+def test_whatever_the_values_a_disk_takes_their_names_and_no_two_are_alike():
+    values = ["a" * 500, "a" * 501, "b/" * 90, "a/b", "a_b", "a b"]
+    planned = sweep.plan("timestep_dbn", "smoke", {"dataset": "file"}, {"data_file": values}, "0,1")
+    assert len({trial.run_id for trial in planned.trials}) == 12
     assert all(len(trial.run_id) < 200 and "/" not in trial.run_id for trial in planned.trials)
 
 
@@ -150,7 +151,7 @@ def test_a_folder_of_another_run_is_refused_before_any_is_trained(digits, tmp_pa
 # What becomes of it
 
 
-def test_the_table_says_what_scipy_says_of_the_runs_metrics(digits, tmp_path, capfd):
+def test_the_table_says_what_scipy_says_of_the_runs_metrics(digits, tmp_path, monkeypatch, capfd):
     command = ["sweep", "digits_classifier", "--preset=smoke", *OPTIONS, "--metric=accuracy"]
     assert main([*command, "--field=steps=8,60", "--seeds=0,1,2"]) == 0
     said = capfd.readouterr().out
@@ -177,8 +178,14 @@ def test_the_table_says_what_scipy_says_of_the_runs_metrics(digits, tmp_path, ca
     whole = tmp_path / "runs" / f"{summary['name']}-steps_60-seed_2"
     assert_same_run(RunFolder(tmp_path / "runs" / "alone"), RunFolder(whole))
     before = {entry["run_id"]: files(tmp_path / "runs" / entry["run_id"]) for entry in summary["runs"]}
+    executed = []
+    monkeypatch.setattr(trials, "execute", lambda *run, stop: executed.append(run[3]) or train(*run))
     assert main([*command, "--field=steps=8,60,9", "--seeds=2,0"]) == 0
-    assert "6 runs, 4 of them complete" in capfd.readouterr().out
+    assert "6 runs, 4 of them complete" in (said := capfd.readouterr().out)
+    assert said.count("complete\n") == 3  # that line, and one for each of two
+    assert executed == [f"{summary['name']}-steps_9-seed_{seed}" for seed in (2, 0)]
+    assert trials.run_trial("digits_classifier", "smoke", {}, whole.name) == trials.read_result(RunFolder(whole))
+    assert len(executed) == 2
     assert before == {name: files(tmp_path / "runs" / name) for name in before}
     assert [entry["number"] for entry in summary_of(tmp_path)["estimates"]] == [2] * 6
 
@@ -307,6 +314,7 @@ def test_the_picture_has_a_line_per_model_through_the_means():
     low, high = loss.get_ylim()
     assert low < 1.5
     assert high > 12.5
+    assert all(len(segment) < 2 for segment in error.containers[0].lines[2][0].get_segments())  # one seed: no bar
     assert [line.get_color() for line in (loss.containers[0].lines[0], error.containers[0].lines[0])] == ["C0", "C0"]
 
 

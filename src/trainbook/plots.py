@@ -147,7 +147,9 @@ def interval_lines(
     for index, (name, line) in enumerate(lines.items()):
         points = sorted((positions[place], value, low, high) for place, value, low, high in line)
         x, values, lows, highs = zip(*points, strict=True)
-        ends = [[abs((end if end is not None else v) - v) for end, v in zip(side, values, strict=True)] for side in (lows, highs)]
+        ends = [
+            [math.nan if end is None else abs(end - v) for end, v in zip(side, values, strict=True)] for side in (lows, highs)
+        ]
         label = name.replace("_", " ") or "run"
         bars = axes.errorbar(x, values, ends, fmt=".-", color=colours[name], markersize=5, capsize=2, linewidth=1, label=label)
         aside = ScaledTranslation(POINTS_BESIDE * (index - (len(lines) - 1) / 2) / 72, 0, axes.figure.dpi_scale_trans)
