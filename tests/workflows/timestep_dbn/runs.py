@@ -16,6 +16,7 @@ from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.images import load_data
+from trainbook.workflows.timestep_dbn.later_stages import later_modules, later_optimizers
 from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train, training_parts
 
 
@@ -51,11 +52,13 @@ def bits_state(config: Config, level_sizes: list[int], num_images: int) -> Train
         "logistic_chain": LogisticChain(config.timesteps, num_bits),
         "denoiser": Denoiser(config.timesteps, num_bits, 8),
         "independent_bits": IndependentBits(num_bits),
+        **later_modules(config, dbn),
     }
     optimizers = {
         "dbn": rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels]),
         "monolithic_rbm": rbm_adam(config, [rbm_views(monolithic, 0, 1)]),
         "small_rbm": rbm_adam(config, [rbm_views(small, 0, 1)]),
+        **later_optimizers(config, modules, plan.blocks[0]),
     }
     parts = {"blocks": Blocks(config, dbn, num_images, on_cpu=True, free_bytes=10**9), **training_parts(config, modules, plan)}
     return TrainState(modules, optimizers, parts, total_steps=plan.total_steps, step=plan.autoencoder_steps)

@@ -8,10 +8,12 @@ product of their means in the place of the squared mean, a chain that is stuck i
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.likelihood import Factor, Factors
 
 CPU_CHAINS, GPU_CHAINS = 256, 8192  # (timestep, condition, chain) triples run at once: bounds the memory of what is recorded
@@ -101,3 +103,30 @@ def sweeps_needed(integrated: Tensor, at_most: int) -> Tensor:
     """Sweeps after which 1 % of the start is left, if rho falls as r^k: r = (tau - 1) / (tau + 1); (...) -> (...), at least 1."""
     rate = 2 * torch.atanh(1 / integrated.clamp(min=1 + 1e-6))  # -ln r
     return (-math.log(RESIDUAL) / rate).ceil().long().clamp(1, at_most)
+
+
+def settle_sweeps(
+    config: Config, sampling_sweeps: Tensor, factors: Factors, codes: Sequence[Tensor], start: int, stop: int
+) -> dict[str, Any]:
+    """Measure how fast the Gibbs chains of trained timesteps forget, and choose their sampling sweeps where none are given.
+
+    Args:
+        config: of the run.
+        sampling_sweeps: of all timesteps, (T,); those of the timestep indices start..stop-1 are set.
+        factors: the model.
+        codes: of the validation images, per level.
+        start, stop: timestep indices.
+
+    Returns:
+        What goes into the record.
+    """
+    correlation = measure(factors, codes, start, stop)
+    integrated = integrated_time(correlation)  # (n, F, S)
+    if not config.sampling_sweeps:
+        sampling_sweeps[start:stop] = sweeps_needed(integrated.amax((1, 2)), config.most_sampling_sweeps)
+    return {
+        "autocorrelation_first_timestep": start + 1,
+        "autocorrelation_by_timestep_level_statistic_and_lag": correlation,
+        "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
+        "sampling_sweeps_by_timestep": sampling_sweeps[start:stop].clone(),
+    }

@@ -2,7 +2,7 @@
 
 # T timesteps, B batch, V_l bits of level l, H_l hidden units of level l; level 0 is the finest
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, posterior_probability
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, sample_bits
+
+Draw = Callable[[int, Block, Tensor, Tensor, Tensor], Tensor]
 
 
 class TimestepDBN(nn.Module):
@@ -96,7 +98,9 @@ def diffuse(clean: Sequence[Tensor], schedule: FlipSchedule, start: int, stop: i
 
 
 @torch.no_grad()
-def reverse_step(dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: FlipSchedule, sweeps: int) -> list[Tensor]:
+def reverse_step(
+    dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: FlipSchedule, sweeps: int, draw: Draw | None = None
+) -> list[Tensor]:
     """Sample z_{t-1} given z_t, level by level from coarse to fine, each chain started at z_t.
 
     Args:
@@ -105,6 +109,7 @@ def reverse_step(dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: Fl
         t: 1..T.
         schedule: on the bits' device.
         sweeps: Gibbs sweeps per level.
+        draw: what draws a level's bits, from level, RBM, start, context bias and field; None: Gibbs sweeps in its RBM.
     """
     noisy = [bits.unsqueeze(0) for bits in noisy]
     field = fields(noisy, schedule.coupling[t : t + 1])
@@ -112,7 +117,10 @@ def reverse_step(dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: Fl
     below: Tensor | None = None
     for level, block in reversed(list(enumerate(dbn.blocks(t - 1, t)))):
         _, bias = dbn.context(block, below, noisy)
-        bits = block.gibbs(noisy[level], bias, field[level], sweeps)
+        if draw is None:
+            bits = block.gibbs(noisy[level], bias, field[level], sweeps)
+        else:
+            bits = draw(level, block, noisy[level], bias, field[level])
         below = dbn.message(block, bits, bias)
         result.append(bits.squeeze(0))
     return result[::-1]

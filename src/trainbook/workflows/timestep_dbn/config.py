@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainbook.config import BaseConfig
 from trainbook.optimization import OptimizationConfig
@@ -83,6 +83,10 @@ class Config(BaseConfig):
     """How fast bits are flipped: cosine in the cumulative; 1/(2(T-t+1)); or linear 1e-4 to 0.02, which does not reach noise."""
     hidden_units: tuple[int, int, int] = (192, 96, 64)
     """Hidden units of the RBM on each level."""
+    depth: tuple[int, int, int] = (1, 1, 1)
+    """Layers on each level, or one number for all: RBMs above the first that model the hidden units below, trained one by one."""
+    joint_epochs: int = Field(default=0, ge=0)
+    """Epochs in which all levels of a timestep are trained on together, as one machine; needs context = hidden_sample."""
     context: Literal["hidden_mean", "hidden_sample", "bits"] = "hidden_mean"
     """What a level sees of the next coarser one: mean or sample of its hidden units, or its bits themselves."""
     noisy_context: bool = True
@@ -152,10 +156,20 @@ class Config(BaseConfig):
     ais_particles: int = Field(default=2, ge=2, le=1024)
     """Independent importance weights per estimate, whose mean is taken before the logarithm."""
 
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _every_level(cls, value: Any) -> Any:
+        """Read one number as the depth of every level."""
+        return (value,) * 3 if isinstance(value, int) or (isinstance(value, str) and value.strip().isdigit()) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.dataset == "file") != bool(self.data_file):
             raise ValueError("data_file goes with dataset = file, and dataset = file needs data_file")
+        if min(self.depth) < 1:
+            raise ValueError("depth must be at least 1 on every level")
+        if self.joint_epochs and self.context != "hidden_sample":
+            raise ValueError(f"joint_epochs needs context = hidden_sample: with {self.context} the levels are not one machine")
         if min(self.code_channels) < 1 or min(self.hidden_units) < 1:
             raise ValueError("code_channels and hidden_units must be positive")
         if self.autoencoder and self.stage == "autoencoder":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from trainbook.workflows.timestep_dbn.chain import (
     fields,
     posterior_entropy,
     prior_divergence,
-    reverse_step,
 )
+from trainbook.workflows.timestep_dbn.chains import chains
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
 from trainbook.workflows.timestep_dbn.gradient_bias import negative_phase_bias
-from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, chain_factors, plain_bracket
+from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, plain_bracket
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.sample_metrics import sample_metrics
 
@@ -112,21 +113,23 @@ def ssim(images: Tensor, rebuilt: Tensor) -> float:
 def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, float]:
     """-ln p of held-out codes per bit for every model, with standard errors over images.
 
-    Where annealing is needed, `nats_per_bit` is its unflattering direction for our chain and its flattering one for the
+    Where annealing is needed, `nats_per_bit` is its unflattering direction for our chains and its flattering one for the
     plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two. As many images are looked at as
     the chain's standard error needs.
     """
-    dbn, annealing = state.modules["dbn"], Annealing.of(config)
-    found = bracket(chain_factors(dbn, schedule), test, config.timesteps, annealing, "chain")
-    clean = [level[: found.high.shape[1]] for level in test]
+    annealing, models = Annealing.of(config), chains(state.modules, schedule)
+    found = {"chain": bracket(models["chain"].factors, test, config.timesteps, annealing, "chain")}
+    clean = [level[: found["chain"].high.shape[1]] for level in test]
+    for name in list(models)[1:]:
+        found[name] = bracket(models[name].factors, clean, config.timesteps, replace(annealing, all_images=True), name)
     bits, prior = torch.cat(clean, 1), prior_divergence(clean, schedule)
     plain = {name: plain_bracket(state.modules[name], bits, annealing) for name in RBM_BASELINES}
     values = {
-        "chain/nats_per_bit": prior + found.high.sum(0),
+        **{f"{name}/nats_per_bit": prior + sides.high.sum(0) for name, sides in found.items()},
         **{f"{name}/nats_per_bit": low for name, (low, _) in plain.items()},
         **{f"{name}/nats_per_bit": factorised_bound(state.modules[name], bits, schedule) for name in GRADIENT_BASELINES},
         "independent_bits/nats_per_bit": state.modules["independent_bits"].negative_log_likelihood(bits),
-        "chain/nats_per_bit_other_direction": prior + found.low.sum(0),
+        **{f"{name}/nats_per_bit_other_direction": prior + sides.low.sum(0) for name, sides in found.items()},
         **{f"{name}/nats_per_bit_other_direction": high for name, (_, high) in plain.items()},
     }
     metrics = {}
@@ -138,8 +141,10 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
                 difference = per_bit(value - values["chain/nats_per_bit"], bits.shape[1])
                 metrics.update(interval(f"{name}{ABOVE}chain", *difference))
     metrics["chain/conditional_pseudo_likelihood"] = pseudo_likelihood(config, state, clean, schedule)
-    sweeps = {f"chain/sampling_sweeps@{t}": float(number) for t, number in enumerate(dbn.sampling_sweeps.tolist(), 1)}
-    return {**metrics, **bracket_metrics("chain", found, bits.shape[1]), **sweeps}
+    for name, sides in found.items():
+        metrics |= bracket_metrics(name, sides, bits.shape[1])
+        metrics |= {f"{name}/sampling_sweeps@{t}": float(n) for t, n in enumerate(models[name].sampling_sweeps.tolist(), 1)}
+    return metrics
 
 
 def per_bit(values: Tensor, num_bits: int = 1) -> tuple[float, float]:
@@ -171,12 +176,8 @@ def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], sc
 
 
 def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Reverse]:
-    """For the chain and every baseline a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
-    modules, dbn = state.modules, state.modules["dbn"]
-    sweeps = dbn.sampling_sweeps.tolist()
-
-    def chain(noisy: Tensor, t: int) -> Tensor:
-        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, sweeps[t - 1]), 1)
+    """For every chain and baseline a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
+    modules, sweeps = state.modules, state.modules["dbn"].sampling_sweeps.tolist()
 
     def of_rbm(name: str) -> Reverse:
         return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, sweeps[t - 1])
@@ -185,7 +186,7 @@ def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> 
         return lambda noisy, t: modules[name].reverse_step(noisy, t, schedule)
 
     return {
-        "chain": chain,
+        **{name: model.step for name, model in chains(modules, schedule).items()},
         **{name: of_rbm(name) for name in RBM_BASELINES if name in modules},
         **{name: factorised(name) for name in (*GRADIENT_BASELINES, "independent_bits") if name in modules},
     }

@@ -17,7 +17,8 @@ Source: Sohl-Dickstein et al. (2015), section 2.3, for the bound; `annealing` fo
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,13 @@ class Annealing:
         tolerance: wanted width between low and high, and wanted standard error over images, in nats per bit.
         max_temperatures: per reverse step.
         particles: independent weights per estimate, at least 2.
+        all_images: take every image, whatever the standard error.
     """
 
     tolerance: float
     max_temperatures: int
     particles: int
+    all_images: bool = False
 
     @classmethod
     def of(cls, config: Config) -> "Annealing":
@@ -75,6 +78,7 @@ class Factor:
         field: (T, B, V).
         state: z, (T, B, V).
         rest: (T, B), in nats.
+        noisy: z_t of the same units where they are bits, (T, B, V).
     """
 
     block: Block
@@ -82,6 +86,7 @@ class Factor:
     field: Tensor
     state: Tensor
     rest: Tensor
+    noisy: Tensor | None = None
 
     def at(self, rows: Tensor) -> "Factor":
         """The same for some of the timesteps."""
@@ -131,8 +136,8 @@ def chain_factors(dbn: TimestepDBN, schedule: FlipSchedule) -> Factors:
         entropy = posterior_entropy(noisy, clean, schedule, start, stop)
         rests = [-entropy, *(torch.zeros_like(entropy) for _ in blocks[1:])]
         return [
-            Factor(block, bias, f, z, rest)
-            for block, (_, bias), f, z, rest in zip(blocks, contexts, field, previous, rests, strict=True)
+            Factor(block, bias, f, z, rest, z_t)
+            for block, (_, bias), f, z, rest, z_t in zip(blocks, contexts, field, previous, rests, noisy, strict=True)
         ]
 
     return factors
@@ -159,9 +164,9 @@ def bracket(factors: Factors, clean: Sequence[Tensor], timesteps: int, annealing
     chunks = list(zip(*(bits.split(CHUNK) for bits in clean), strict=True))
     with tqdm(total=len(chunks) * timesteps, desc=f"code length of {what}", unit="step", mininterval=PROGRESS_SECONDS) as bar:
         for chunk in chunks:
-            parts.append(_both_sides(factors, chunk, temperatures, annealing.particles, bar))
+            parts.append(_both_sides(factors, chunk, temperatures, annealing.particles, len(parts), bar))
             lengths = torch.cat([high.sum((0, 1)) for _, high, _ in parts])
-            if float(lengths.std()) <= annealing.tolerance * num_bits * math.sqrt(len(lengths)):
+            if not annealing.all_images and float(lengths.std()) <= annealing.tolerance * num_bits * math.sqrt(len(lengths)):
                 break
     return Bracket(*(torch.cat(part, 2).sum(1) for part in zip(*parts, strict=True)), temperatures)
 
@@ -190,7 +195,9 @@ def choose_temperatures(factors: Factors, clean: Sequence[Tensor], timesteps: in
     temperatures = torch.full((timesteps, len(costs)), min(FIRST_TEMPERATURES, annealing.max_temperatures))
     for _ in range(MAX_TRIALS):
         began = time.perf_counter()
-        low, high, variance = (side.double().cpu() for side in _both_sides(factors, images, temperatures, annealing.particles))
+        low, high, variance = (
+            side.double().cpu() for side in _both_sides(factors, images, temperatures, annealing.particles, -1)
+        )
         pace = (time.perf_counter() - began) / float((temperatures * costs).sum())
         gap = high - low
         left = torch.maximum(variance.mean(2), gap.mean(2) - 2 * gap.std(2) / math.sqrt(gap.shape[2]))  # (T, F)
@@ -219,21 +226,29 @@ def allocate(falling: Tensor, costs: Tensor, width: float) -> Tensor:
 
 
 def _both_sides(
-    factors: Factors, clean: Sequence[Tensor], temperatures: Tensor, particles: int, bar: tqdm | None = None
+    factors: Factors, clean: Sequence[Tensor], temperatures: Tensor, particles: int, chunk: int, bar: tqdm | None = None
 ) -> tuple[Tensor, ...]:
     """Low, high and variance of every timestep, factor and image; (T, F, B) each."""
     rows = CPU_ROWS if clean[0].device.type == "cpu" else GPU_ROWS
     size, tiles = max(1, rows // (len(clean[0]) * particles)), []
     for start in range(0, len(temperatures), size):
         stop = min(start + size, len(temperatures))
-        sides = [
-            _anneal_factor(factor, temperatures[start:stop, index], particles)
-            for index, factor in enumerate(factors(clean, start, stop))
-        ]
+        with _same_transitions(chunk, start, clean[0].device):
+            drawn = factors(clean, start, stop)
+        sides = [_anneal_factor(factor, temperatures[start:stop, index], particles) for index, factor in enumerate(drawn)]
         tiles.append(torch.stack(sides, 2))  # (3, n, F, B)
         if bar is not None:
             bar.update(stop - start)
     return torch.cat(tiles, 1).unbind()
+
+
+@contextmanager
+def _same_transitions(chunk: int, start: int, device: torch.device) -> Iterator[None]:
+    """Random numbers by place, so that every model is asked for the same transitions; afterwards they go on where they were."""
+    seed = (torch.initial_seed() + (chunk + 1) * 2**20 + start) % 2**63
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _anneal_factor(factor: Factor, temperatures: Tensor, particles: int) -> Tensor:

@@ -18,7 +18,7 @@ from trainbook.schedule import learning_rate
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.stepper import Stepper
-from trainbook.workflows.timestep_dbn.autocorrelation import integrated_time, measure, sweeps_needed
+from trainbook.workflows.timestep_dbn.autocorrelation import measure, settle_sweeps
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
@@ -30,7 +30,14 @@ from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
-from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
+from trainbook.workflows.timestep_dbn.later_stages import (
+    later_epochs,
+    later_keepers,
+    later_modules,
+    later_optimizers,
+    train_later,
+)
+from trainbook.workflows.timestep_dbn.likelihood import chain_factors
 from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_adam, rbm_update, rbm_views
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, log_pseudo_likelihood
@@ -53,6 +60,7 @@ class Plan:
     block_steps: int
     blocks: list[tuple[int, int]]
     baseline_steps: int
+    later_steps: int = 0
 
     @classmethod
     def of(cls, config: Config, num_images: int, bounds: Sequence[int] = ()) -> "Plan":
@@ -65,6 +73,7 @@ class Plan:
             block_steps=steps * config.epochs_per_timestep,
             blocks=[] if config.stage == AUTOENCODER else list(pairwise(bounds)),
             baseline_steps=0 if config.stage == AUTOENCODER else steps * config.baseline_epochs,
+            later_steps=0 if config.stage == AUTOENCODER else steps * (len(bounds) - 1) * sum(later_epochs(config).values()),
         )
 
     @property
@@ -73,9 +82,14 @@ class Plan:
         return self.autoencoder_steps + self.block_steps * len(self.blocks)
 
     @property
+    def baselines_begin(self) -> int:
+        """Global step at which the baselines are next: after the chain and what goes on from it."""
+        return self.chain_end + self.later_steps
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages."""
-        return self.chain_end + self.baseline_steps
+        return self.baselines_begin + self.baseline_steps
 
 
 def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
@@ -102,6 +116,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
         "logistic_chain": LogisticChain(config.timesteps, sum(sizes)),
         "denoiser": Denoiser.of_size(config.timesteps, sum(sizes), num_parameters),
         "independent_bits": IndependentBits(sum(sizes)),
+        **later_modules(config, dbn),
     }
     for module in modules.values():
         module.to(runtime.device)
@@ -115,6 +130,7 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
         plain = plain_rbm_config(config)
         optimizers.update({name: rbm_adam(plain, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
+        optimizers.update(later_optimizers(config, modules, plan.blocks[0]))
     return TrainState(
         modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
     )
@@ -135,6 +151,7 @@ def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) ->
         **penalty,
         **{name: Stepper(modules[name], config.optimization(rate), plan.baseline_steps) for name, rate in rates.items()},
         "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
+        **later_keepers(config, modules),
         **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
     }
 
@@ -165,7 +182,9 @@ def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Rec
             yield from _train_chain(config, data, codes, state)
         if config.optimizer == "adam":
             release(state.optimizers["dbn"], 0)
-        yield from _train_baselines(config, codes, state, _plan(config, data, state))
+        plan = _plan(config, data, state)
+        yield from train_later(config, codes, state, plan.blocks, plan.chain_end)
+        yield from _train_baselines(config, codes, state, plan)
 
 
 def _plan(config: Config, data: Data, state: TrainState) -> Plan:
@@ -259,24 +278,10 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                 metrics["hints"] = hints(metrics)
         if block_step + 1 == plan.block_steps:
             stopping.restore(start, stop)
-            metrics |= _settle(config, dbn, chain_factors(dbn, schedule), codes["valid"], start, stop)
+            metrics |= settle_sweeps(config, dbn.sampling_sweeps, chain_factors(dbn, schedule), codes["valid"], start, stop)
         block_step += 1
         state.step += 1
         yield Record(metrics, block_step == plan.block_steps, config.batch_size)
-
-
-def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Measure how fast the Gibbs chains of trained timesteps forget, and choose their sampling sweeps where none are given."""
-    correlation = measure(factors, codes, start, stop)
-    integrated = integrated_time(correlation)  # (n, F, S)
-    if not config.sampling_sweeps:
-        model.sampling_sweeps[start:stop] = sweeps_needed(integrated.amax((1, 2)), config.most_sampling_sweeps)
-    return {
-        "autocorrelation_first_timestep": start + 1,
-        "autocorrelation_by_timestep_level_statistic_and_lag": correlation,
-        "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
-        "sampling_sweeps_by_timestep": model.sampling_sweeps[start:stop].clone(),
-    }
 
 
 @torch.no_grad()
@@ -343,7 +348,7 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
     """The plain RBMs by persistent contrastive divergence, logistic chain and denoiser by gradient, side by side."""
     bits, valid = (torch.cat(codes[split], 1) for split in ("train", "valid"))
     schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
-    fresh = state.step == plan.chain_end
+    fresh = state.step == plan.baselines_begin
     rbms = {name: state.modules[name] for name in RBM_BASELINES}
     if fresh:
         state.modules["independent_bits"].fit(bits)
@@ -361,7 +366,7 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
     state.stage = BASELINES
     while state.step < plan.total_steps:
-        step = state.step - plan.chain_end
+        step = state.step - plan.baselines_begin
         for name, view in views.items():
             for index in range(updates[name] * step, updates[name] * (step + 1)):
                 rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
