@@ -24,7 +24,7 @@ import remote
 from trainbook.bundles import build_box
 from trainbook.errors import RunFailed, UserError
 from trainbook.handover import copy_run, whole_checkpoint
-from trainbook.launching import add_run_options, exit_code, judge, spec_of, without
+from trainbook.launching import add_run_options, exit_code, judge, say_verdict, spec_of, without
 from trainbook.records import EXIT_CODES, RunFolder
 from trainbook.runtime import parse_duration
 from trainbook.spec import RunSpec
@@ -171,8 +171,8 @@ def main(arguments: list[str]) -> int:
             "uv tool install google-colab-cli (it needs Python 3.12); then: colab usage",
         )
     run = RunFolder(options.out.absolute() / spec.run_id)
-    if run.run_json.is_file() and judge(run.path, spec.run_id).code == EXIT_CODES["complete"]:
-        return _report(run, spec)
+    if run.run_json.is_file() and (verdict := judge(run.path, spec.run_id)).code == EXIT_CODES["complete"]:
+        return say_verdict(verdict, run)
     if run.config.is_file() and (process := run.training_process()) is not None:
         raise UserError(f"process {process} is training in {run.path}", "wait for it or stop it first")
     print(f"run {spec.run_id}, {spec.workflow} {spec.preset}, on Colab's {spec.accelerator or 'T4'}; lands in {run.path}")
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
         except SessionLost as error:
             fruitless = 0 if _pulled_step(run) > before else fruitless + 1
             print(f"the session is lost ({error}); the run goes on from step {max(0, _pulled_step(run))} in a new one")
-    return _report(run, spec)
+    return say_verdict(judge(run.path, spec.run_id), run)
 
 
 def train(
@@ -313,16 +313,6 @@ def _unnamed_file(text: str) -> Iterator[tuple[Path, int]]:
 def _pulled_step(run: RunFolder) -> int:
     step = whole_checkpoint(run) if run.config.is_file() else None
     return -1 if step is None else step
-
-
-def _report(run: RunFolder, spec: RunSpec) -> int:
-    verdict = judge(run.path, spec.run_id)
-    print(f"\n{verdict.text}\nrun     {run.path}")
-    if run.report.is_file():
-        print(f"report  {run.report}")
-    if verdict.code == EXIT_CODES["stopped"]:
-        print(f"go on   the same command with --run-id {spec.run_id}, or here: trainbook resume {spec.run_id}")
-    return verdict.code
 
 
 if __name__ == "__main__":

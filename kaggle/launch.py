@@ -29,7 +29,7 @@ except ImportError:
 from trainbook.errors import UserError
 from trainbook.files import write_json
 from trainbook.handover import copy_run
-from trainbook.launching import add_run_options, exit_code, keep_pulled, progress_of, read_pulled, spec_of
+from trainbook.launching import add_run_options, exit_code, keep_pulled, progress_of, read_pulled, say_end, spec_of
 from trainbook.records import EXIT_CODES, RunFolder
 from trainbook.runtime import KAGGLE_BUDGET_SECONDS, parse_duration
 from trainbook.spec import RunSpec
@@ -588,11 +588,7 @@ class Launch:
     def _say_end(self) -> int:
         """Print what the run folder here says, and return the exit code."""
         summary = self.folder.summary()
-        print(f"\n{summary['status']}: {summary['why']}\nrun     {self.folder.path}")
-        if self.folder.report.exists():
-            print(f"report  {self.folder.report}")
-        if summary["status"] != "complete":
-            print(f"resume  the same command with --run-id {self.spec.run_id}; or here: trainbook resume {self.folder.path}")
+        say_end(self.folder, f"{summary['status']}: {summary['why']}", resumable=summary["status"] != "complete")
         return EXIT_CODES.get(summary["status"], EXIT_CODES["failed"])
 
 

@@ -33,12 +33,13 @@
 # | `smoke` | 256 of scikit-learn's digits | seconds; checks that everything works, the result means nothing |
 # | `laptop` | scikit-learn's 1,797 real 8x8 digits | minutes on 2 CPU cores; a result worth looking at |
 # | `full` | CIFAR-10 airplanes, T = 50, batch 32, 100 epochs per timestep | the published setting, for a GPU |
+# | `v100`, `t4`, `cpu` | the same | `full` with 16-bit products in the autoencoder; on a CPU with fewer epochs |
 
 # %% tags=["bootstrap"]
 import trainbook
 
 # %% tags=["parameters"]
-preset = "laptop"  # smoke, laptop or full
+preset = "laptop"  # smoke, laptop, full, v100, t4 or cpu
 overrides = {}  # field name to value, for example {"timesteps": 16, "learning_rate": 1e-3}
 run_id = ""  # empty: continue the newest unfinished run of this very config, or start a new one
 authentic = False  # True refuses synthetic data, data without a checksum and a changed kit
@@ -137,7 +138,8 @@ run.draw()
 # ## Finish
 # Writes the weights as safetensors, the report, and `run.json` last of all: what it says is what happened.
 #
-# **Limits.** Contrastive divergence is a biased gradient; the bias shrinks with `gibbs_sweeps`. With many timesteps each
+# **Limits.** Contrastive divergence is a biased gradient; the bias shrinks with `gibbs_sweeps`, and
+# `chain/negative_phase_bias` measures it. With many timesteps each
 # reverse step is almost factorised and any good bit predictor suffices: RBMs earn their keep at few steps. Expect
 # recognisable but blurry pictures from dense RBMs.
 #

@@ -1,4 +1,4 @@
-"""A small classifier of scikit-learn's digits: the test bed of everything that `optim` and the engine offer."""
+"""A small classifier of scikit-learn's digits: the test bed of everything that `Stepper` and the engine offer."""
 
 import os
 from typing import ClassVar
@@ -10,7 +10,7 @@ from torch import nn
 from trainbook import distributed
 from trainbook.data import Batches, Data, content_sha256
 from trainbook.fitting import Stage
-from trainbook.optim import cross_entropy
+from trainbook.losses import cross_entropy
 from trainbook.optimization import OptimizationConfig
 from trainbook.plots import new_figure
 from trainbook.state import TrainState

@@ -14,8 +14,8 @@ from torch.nn import functional
 from tests.driving import assert_identical
 from trainbook import acceleration
 from trainbook.acceleration import VARIANTS, allow_tf32, apply_variant, fastest_variant, variant_table
-from trainbook.optim import make_optimizer
 from trainbook.optimization import OptimizationConfig
+from trainbook.optimizer import make_optimizer
 
 pytestmark = [
     # The inductor of torch 2.10 imports torch.utils.mkldnn, whose classes use it; 2.15 no longer does.

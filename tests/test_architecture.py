@@ -10,8 +10,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
-    {"errors"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed"},
+    {"errors", "devices"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
@@ -21,11 +21,18 @@ ROWS = [
         "monitor",
         "events",
         "layers",
-        "optim",
+        "schedule",
+        "optimizer",
+        "losses",
+        "gradients",
+        "averaging",
+        "spikes",
         "weights",
         "attention",
         "augmentation",
     },
+    {"accumulation"},
+    {"stepper"},
     {"fitting"},
     {"engine", "handover"},
     {"workflows", "mirror"},
@@ -33,6 +40,9 @@ ROWS = [
     {"report", "execution", "processes", "spec"},
     {"run", "doctor", "bundles", "plan", "launching"},
     {"verification", "worker"},
+    {"headless"},
+    {"trials"},
+    {"sweep"},
     {"__main__"},
 ]
 ONLY_USERS = {

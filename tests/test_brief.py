@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, create_model
 
 from trainbook.brief import Brief, read_brief
 from trainbook.config import BaseConfig
@@ -52,32 +52,18 @@ class Nerf(Trained):
     note: str = ""
 
 
-class LicensePlates(Trained):
-    BRIEF_NAMES: ClassVar[dict[str, str]] = {"num_epochs": "epochs"}
-
-    epochs: int = 1
-    nms_threshold: float = 0.1
-    confidence_threshold: float = 0.1
-
-
-class ClinicalSeries(Trained):
-    num_epochs: int = 1
-    sequence_length: int = 8
-    prediction_horizon: int = 8
+def trained(epochs, **fields):
+    """A config whose word for the number of passes is `epochs`, with further fields of these defaults."""
+    defaults = {epochs: 1, **fields}
+    config = create_model("Model", __base__=Trained, **{name: (type(value), value) for name, value in defaults.items()})
+    config.BRIEF_NAMES = {"num_epochs": epochs} if epochs != "num_epochs" else {}
+    return config
 
 
-class LegalBert(Trained):
-    num_epochs: int = 1
-    max_sequence_length: int = 8
-    weight_decay: float = 0.5
-
-
-class Diffusion(Trained):
-    BRIEF_NAMES: ClassVar[dict[str, str]] = {"num_epochs": "passes"}
-
-    passes: int = 1
-    num_timesteps: int = 8
-    num_inference_steps: int = 8
+LicensePlates = trained("epochs", nms_threshold=0.1, confidence_threshold=0.1)
+ClinicalSeries = trained("num_epochs", sequence_length=8, prediction_horizon=8)
+LegalBert = trained("num_epochs", max_sequence_length=8, weight_decay=0.5)
+Diffusion = trained("passes", num_timesteps=8, num_inference_steps=8)
 
 
 class Chain(BaseConfig):

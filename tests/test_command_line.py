@@ -290,7 +290,7 @@ def kept(monkeypatch):
         run.folder.unlock()
         return run.folder
 
-    monkeypatch.setattr(command_line, "_execute", lambda *arguments: train(*arguments) and 0)
+    monkeypatch.setattr(command_line, "execute", lambda *arguments: train(*arguments) and 0)
     overrides = {"steps": 40, "validate_every": 4, "ema_decay": 0.9}
     whole = train("", "smoke", overrides, "whole", False)
     mine = train("", "smoke", overrides, "mine", False, until=30)

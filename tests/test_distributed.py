@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from tests.driving import REPOSITORY, Drive, assert_same_run, final_state
+from trainbook import distributed
+from trainbook.errors import UserError
 from trainbook.files import read_json
 
 STEPS = 400
@@ -151,3 +154,10 @@ def test_torchrun_on_two_machines_is_the_same_command(runs, tmp_path):
     for ours, theirs in zip(both.history(), one.history(), strict=True):
         assert_close(ours, theirs)
     assert read_json(both.run_json)["segments"][0]["processes"] == 2
+
+
+def test_shared_weights_cannot_be_cut_into_slices():
+    tied = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(UserError, match="share a weight"):
+        distributed.shard(tied)

@@ -9,7 +9,7 @@ import pytest
 from tests.driving import SMALL_DBN, Drive, assert_same_run, checkpoints
 from trainbook.errors import UserError
 from trainbook.files import file_sha256
-from trainbook.launching import keep_pulled, progress_of, read_pulled
+from trainbook.launching import Verdict, keep_pulled, progress_of, read_pulled, say_end, say_verdict
 from trainbook.records import RunFolder
 from trainbook.spec import RunSpec
 
@@ -66,3 +66,16 @@ def test_another_run_and_a_damaged_file_are_refused(parts, tmp_path):
     pulled.metrics.write_bytes(pulled.metrics.read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"damaged on the way here: metrics\.jsonl"):
         read_pulled(pulled, SPEC)
+
+
+def test_the_last_words_name_what_is_there_and_what_goes_on(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "mine")
+    assert say_verdict(Verdict(1, "failed: nothing came back"), folder) == 1
+    assert capsys.readouterr().out == "\nfailed: nothing came back\n"
+    folder.path.mkdir()
+    assert say_verdict(Verdict(3, "stopped: SIGINT received"), folder) == 3
+    again = f"the same command with --run-id mine; or here: trainbook resume {folder.path}"
+    assert capsys.readouterr().out == f"\nstopped: SIGINT received\nrun     {folder.path}\nresume  {again}\n"
+    folder.report.touch()
+    say_end(folder, "stopped: by hand", resumable=True, launched=False)
+    assert capsys.readouterr().out.splitlines()[3:] == [f"report  {folder.report}", "resume  trainbook resume mine"]

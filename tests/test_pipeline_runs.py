@@ -12,8 +12,8 @@ from tests.driving import assert_identical
 from tests.test_pipeline import together
 from trainbook import distributed
 from trainbook.errors import UserError
-from trainbook.optim import Stepper
 from trainbook.optimization import OptimizationConfig
+from trainbook.stepper import Stepper
 from trainbook.weights import load_weights
 
 STEPS, CUT, ODD_STEP = 8, 5, 2

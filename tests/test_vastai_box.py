@@ -66,7 +66,7 @@ def test_a_run_on_a_box_by_ssh_is_the_run_it_would_be_here_and_goes_on_from_what
     assert code == 0
     assert "to go on from step" in said
     assert_same_run(desk.run("mine"), whole.folder)
-    assert desk.launch(*by_ssh(desk, box, "--run-id", "mine", *small))[1].startswith("complete")
+    assert desk.launch(*by_ssh(desk, box, "--run-id", "mine", *small))[1].lstrip().startswith("complete")
     assert not [name for name in box.processes() if "watchdog" in Path(f"/proc/{name}/cmdline").read_text()]
 
 

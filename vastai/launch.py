@@ -27,7 +27,7 @@ from trainbook.bundles import CHECKSUMS_FILE, build_box
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import file_sha256
 from trainbook.handover import copy_run, whole_checkpoint
-from trainbook.launching import Verdict, add_run_options, exit_code, judge, spec_of, undisturbed
+from trainbook.launching import Verdict, add_run_options, exit_code, judge, say_verdict, spec_of, undisturbed
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
 from trainbook.runtime import parse_duration
 from trainbook.spec import RunSpec
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     if run.run_json.is_file():
         verdict = judge(run.path, spec.run_id)
         if verdict.code == EXIT_CODES["complete"]:
-            return _report(verdict, run)
+            return say_verdict(verdict, run)
     if (process := run.training_process()) is not None:
         raise UserError(f"process {process} is training in {run.path}", "wait for it or stop it first")
     with tempfile.TemporaryDirectory(prefix="trainbook-") as folder:  # what cannot be built must not cost anything
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         onstart(spec, 2 * policy.start)
     with Ledger().claim(LABEL + spec.run_id):
         verdict = on_own_box(spec, policy, run, options) if options.ssh else on_rented_boxes(spec, policy, run, options)
-    return _report(verdict, run)
+    return say_verdict(verdict, run)
 
 
 def on_own_box(spec: RunSpec, policy: Policy, run: RunFolder, options: argparse.Namespace) -> Verdict:
@@ -501,17 +501,6 @@ def _needs(program: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"there is no {program} here", f"install it, for instance: apt-get install {program}") from None
-
-
-def _report(verdict: Verdict, run: RunFolder) -> int:
-    print(verdict.text)
-    if run.path.is_dir():
-        print(f"run     {run.path}")
-        if run.report.exists():
-            print(f"report  {run.report}")
-    if verdict.code == EXIT_CODES["stopped"]:
-        print(f"resume  the same command with --run-id {run.path.name}, or: trainbook resume {run.path.name}")
-    return verdict.code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: list, show, plan, run, bundle, resume, verify, report, compare, doctor."""
+"""The command line: list, show, plan, run, sweep, bundle, resume, verify, report, compare, doctor."""
 
 import argparse
 import sys
@@ -11,7 +11,8 @@ from trainbook import __version__, catalog, report, runtime
 from trainbook.config import allowed_values
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json, write_atomic
-from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, identity, measured_times, new_run_id
+from trainbook.headless import execute
+from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, identity, measured_times
 from trainbook.spec import RunSpec
 from trainbook.tables import Table
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `trainbook show NAME | head` has read enough
         sys.stdout = None
         return 0
+    except KeyboardInterrupt:  # before a run has begun to listen: what was saved earlier is as it was
+        print("interrupted", file=sys.stderr)
+        return EXIT_CODES["stopped"]
     except RunFailed as error:
         print(error, file=sys.stderr)
         return EXIT_CODES["failed"]
@@ -96,21 +100,23 @@ def run(options: argparse.Namespace) -> int:
         return _run_spec(options.spec, options.name)
     if not options.name:
         raise UserError("run what?", "`trainbook run NAME` or `trainbook run --spec run.toml`")
-    config = catalog.load(options.name).Config
-    overrides = {name: value for name, value in vars(options).items() if name in config.model_fields}
-    if options.config is not None:
-        from trainbook.brief import read_brief
+    return execute(options.name, options.preset, _overrides(options), options.run_id, _is_authentic(options))
 
-        brief = read_brief(options.config, options.name, config)
-        overrides = brief.overrides | overrides
-        runtime.export(**{name: value for name, value in brief.settings.items() if getattr(options, name) is None})
-    return _execute(
-        options.name,
-        options.preset,
-        overrides,
-        options.run_id,
-        _is_authentic(options),
+
+def sweep(options: argparse.Namespace) -> int:
+    """Train every combination of some fields' values with every seed, and show what the fields do to the metrics."""
+    from trainbook import sweep as sweeping
+
+    given = {name for name in vars(options) if name in catalog.load(options.name).Config.model_fields}
+    fields = sweeping.read_fields(options.sweep_fields)
+    if twice := sorted(given & fields.keys()):
+        raise UserError(f"{', '.join(twice)} is given as an option and with --field", "give one of the two")
+    if "seed" in given and options.sweep_seeds:
+        raise UserError("--seed and --seeds both say the seed", "give one of the two")
+    planned = sweeping.plan(
+        options.name, options.preset, _overrides(options), fields, options.sweep_seeds, _is_authentic(options), options.sweep_id
     )
+    return sweeping.run(planned, options.sweep_metrics)
 
 
 def bundle(options: argparse.Namespace) -> int:
@@ -147,7 +153,7 @@ def resume(options: argparse.Namespace) -> int:
         runtime.detect()  # a device that does not work is said before anything is changed
         go_back(folder, options.step)
     runtime.export(runs=str(folder.path.parent))
-    return _execute(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"])
+    return execute(saved["workflow"], saved["preset"], saved["config"], folder.path.name, saved["authentic"])
 
 
 def go_back(folder: RunFolder, step: int) -> None:
@@ -215,41 +221,20 @@ def _run_spec(path: Path, name: str | None) -> int:
         print(f"{spec.run_id} is complete: {folder.report}")
         return 0
     beside = path.absolute().parent / f"{spec.workflow}.ipynb"
-    return _execute(spec.workflow, spec.preset, spec.overrides, spec.run_id, spec.authentic, beside if beside.is_file() else None)
+    return execute(spec.workflow, spec.preset, spec.overrides, spec.run_id, spec.authentic, beside if beside.is_file() else None)
 
 
-def _execute(
-    name: str, preset: str, overrides: dict[str, Any], run_id: str, authentic: bool, notebook: Path | None = None
-) -> int:
-    """Check everything that can be checked before a kernel is started, then run the notebook."""
-    if runtime.group_size() > 1:
-        from trainbook.worker import train_in_group
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The config fields that the command line gives, on top of its brief's, whose settings are exported."""
+    config = catalog.load(options.name).Config
+    overrides = {name: value for name, value in vars(options).items() if name in config.model_fields}
+    if options.config is None:
+        return overrides
+    from trainbook.brief import read_brief
 
-        code, run_id = train_in_group(name, preset, overrides, run_id, authentic)
-        if code is not None:
-            return code
-        runtime.leave_group()
-    from trainbook.execution import run_notebook
-    from trainbook.run import prepare
-
-    run_id = run_id or new_run_id(name, preset)
-    prepared = prepare(name, preset, overrides, run_id, authentic)
-    if (process := prepared.folder.training_process()) is not None:
-        raise UserError(f"process {process} is training in {prepared.folder.path}", "wait for it or stop it first")
-    code = run_notebook(
-        prepared.workflow,
-        prepared.folder,
-        {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
-        notebook,
-    )
-    if prepared.folder.run_json.exists():
-        summary = prepared.folder.summary()
-        print(f"\n{summary['status']}: {summary['why']}\nrun     {prepared.folder.path}")
-        if prepared.folder.report.exists():
-            print(f"report  {prepared.folder.report}")
-        if summary["status"] != "complete":
-            print(f"resume  trainbook resume {run_id}")
-    return code
+    brief = read_brief(options.config, options.name, config)
+    runtime.export(**{name: value for name, value in brief.settings.items() if getattr(options, name) is None})
+    return brief.overrides | overrides
 
 
 def _workflows() -> list[catalog.Workflow]:
@@ -315,18 +300,16 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         for workflow in _workflows():
             one = names.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
             one.add_argument(
-                "--preset",
-                default=DEFAULT_PRESET,
-                help=f"one of {', '.join(workflow.Config.PRESETS)} (default {DEFAULT_PRESET})",
-            )
-            one.add_argument(
                 "--run-id", default="", help="name of the run folder; an existing one of the same config is continued"
             )
-            _add_authentic(one)
-            one.add_argument("--config", type=Path, metavar="FILE", help="a training brief in YAML; options given here win")
-            _add_runtime(one)
-            _add_processes(one)
-            _add_fields(one, workflow.Config.model_fields)
+            _add_run(one, workflow)
+    sweep_parser = command(sweep, "sweep")
+    swept = sweep_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    if arguments[:1] == ["sweep"]:
+        for workflow in _workflows():
+            one = swept.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
+            _add_sweep(one)
+            _add_run(one, workflow)
     bundle_parser = command(bundle, "bundle")
     bundle_parser.add_argument("platform", choices=PLATFORMS)
     bundled = bundle_parser.add_subparsers(required=True, metavar="NAME", dest="name")
@@ -379,6 +362,41 @@ def _is_authentic(options: argparse.Namespace) -> bool:
             "use --preset smoke; or leave the option out: nothing is refused then, and all outputs say that nothing was checked",
         )
     return bool(options.authentic)
+
+
+def _add_run(parser: argparse.ArgumentParser, workflow: catalog.Workflow) -> None:
+    """What a run can be told."""
+    parser.add_argument(
+        "--preset",
+        default=DEFAULT_PRESET,
+        help=f"one of {', '.join(workflow.Config.PRESETS)} (default {DEFAULT_PRESET})",
+    )
+    _add_authentic(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a training brief in YAML; options given here win")
+    _add_runtime(parser)
+    _add_processes(parser)
+    _add_fields(parser, workflow.Config.model_fields)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--field",
+        dest="sweep_fields",
+        action="append",
+        required=True,
+        metavar="FIELD=VALUE,VALUE,...",
+        help="values to try; several fields: every combination. A value that holds commas stands in brackets: (16,16,8)",
+    )
+    parser.add_argument("--seeds", dest="sweep_seeds", default="", metavar="0,1,2", help="train each with these (default: one)")
+    parser.add_argument(
+        "--metric",
+        dest="sweep_metrics",
+        action="append",
+        default=[],
+        metavar="METRIC",
+        help="show this too, beside those of the targets; accuracy stands for every model's: model/accuracy, guess/accuracy",
+    )
+    parser.add_argument("--sweep-id", default="", help="begins the names of its folders (default: from what is swept)")
 
 
 def _add_runtime(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ class BaseConfig(BaseModel):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}, "laptop": {}, "full": {}}
     DATA_PARALLEL: ClassVar[bool] = False  # whether several processes can share a batch of this workflow
     BRIEF_NAMES: ClassVar[dict[str, str]] = {}  # what the training brief calls a field, to the field
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = ("initial_weights",)  # name files or folders that travel with a run
     MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {}  # a field that names a file with one module's weights, to the
     # module and to what to do about a file that does not fit
 

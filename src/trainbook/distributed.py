@@ -5,7 +5,7 @@ Everything here also works in a single process, where it changes nothing.
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -219,6 +219,11 @@ def _united(ours: Any, theirs: Any) -> Any:
         return ours
     common = {key: _united(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
     return ours | theirs | common
+
+
+def present(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that no other process of a pipeline has instead of this one."""
+    return [tensor for tensor in tensors if not tensor.is_meta]
 
 
 def own_part(tensor: Tensor) -> Tensor:

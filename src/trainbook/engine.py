@@ -4,14 +4,12 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -24,6 +22,7 @@ from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
 from trainbook.records import now as now_utc
 from trainbook.seeding import seed_step
+from trainbook.signals import StopSignals
 from trainbook.state import TrainState, load_newest_checkpoint, snapshot
 
 logger = logging.getLogger("trainbook")
@@ -45,31 +44,33 @@ class Outcome:
     total_steps: int = 0
 
 
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second SIGINT interrupts at once.
+@dataclass
+class Session:
+    """What one call of `follow` has done so far.
 
-    Outside the main thread signals cannot be caught and none are.
+    Attributes:
+        monitor: of the machine.
+        started: `time.monotonic()` value.
+        first_step: reached before.
+        examples: seen since.
+        name: when it began.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
-        self._previous: dict[int, Any] = {}
+    monitor: Monitor
+    started: float
+    first_step: int
+    examples: int = 0
+    name: str = field(default_factory=now_utc)
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def steps_per_second(self, step: int, now: float) -> float:
+        """Mean pace so far."""
+        return (step - self.first_step) / max(now - self.started, 1e-9)
 
-    def __enter__(self) -> "StopSignals":
-        try:
-            self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)  # one that came while a worker was loading is answered now
-        except ValueError:
-            logger.debug("not in the main thread: signals do not stop this run")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def reading(self, step: int, now: float) -> dict[str, Any]:
+        """Pace and the machine's state, as one line of system.jsonl has them."""
+        seconds = now - self.started
+        examples = {"examples_per_second": self.examples / max(seconds, 1e-9)} if self.examples else {}
+        return {"seconds": seconds, "steps_per_second": self.steps_per_second(step, now), **examples, **self.monitor.read()}
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Engine:
     _saving: Future | None = None
     _saving_step: int = 0
     _agree_at: int = 0
+    _hinted: set[str] = field(default_factory=set)
 
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
@@ -129,39 +131,26 @@ class Engine:
             raise ValueError("checkpoint_seconds must be positive")
         if distributed.rank() == 0:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        monitor = Monitor(self.device)
-        started = flushed = saved = time.monotonic()
-        measured, first_step, saved_step, session = -math.inf, state.step, -1, now_utc()
-        examples, self._agree_at = 0, state.step + 1
+        session = Session(Monitor(self.device), time.monotonic(), state.step)
+        flushed = saved = session.started
+        measured, saved_step = -math.inf, -1
+        self._agree_at = state.step + 1
         with (
             StopSignals() as signals,
             self._opened(self.folder.metrics) as metrics,
             self._opened(self.folder.system) as system,
             Events(self.folder.events, state.step) as events,
             ThreadPoolExecutor(1, "checkpoint") as writer,  # leaving the block waits for what it still writes
-            tqdm(
-                total=state.total_steps,
-                initial=state.step,
-                unit="step",
-                mininterval=PROGRESS_SECONDS,
-                disable=not self.progress or distributed.rank() > 0,
-                smoothing=0.05,
-            ) as bar,
+            self._bar(state) as bar,
         ):
             while True:
-                seed_step(self.seed, state.step, distributed.replica())
-                expected = state.step + 1
-                record = next(records, None)
+                record = self._next(records, state)
                 now = time.monotonic()
                 if record is not None:
-                    if state.step != expected:
-                        raise RunFailed(
-                            f"train must advance state.step by one per record; it went from {expected - 1} to {state.step}"
-                        )
                     self._pending.append((state.step, state.stage, record))
-                    examples += record.examples
+                    session.examples += record.examples
                     bar.update()
-                    pace = (state.step - first_step) / max(now - started, 1e-9)
+                    pace = session.steps_per_second(state.step, now)
                     stop, due = self._agree(self._stop_reason(signals, now), now - saved >= self.checkpoint_seconds, state, pace)
                     why, save = stop, bool(stop) or due or record.milestone
                 else:
@@ -170,18 +159,10 @@ class Engine:
                     values = self._flush(metrics, state, bar)
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
-                        reading = {
-                            "session": session,
-                            "stage": state.stage,
-                            "step": state.step,
-                            "seconds": now - started,
-                            "steps_per_second": (state.step - first_step) / max(now - started, 1e-9),
-                            **({"examples_per_second": examples / max(now - started, 1e-9)} if examples else {}),
-                            **monitor.read(),
-                        }
-                        self._write(system, [json.dumps(reading)])
-                        named = {name: value for name, value in reading.items() if name not in ("session", "stage", "step")}
-                        values.update({name: (state.step, value) for name, value in named.items()})
+                        reading = session.reading(state.step, now)
+                        where = {"session": session.name, "stage": state.stage, "step": state.step}
+                        self._write(system, [json.dumps(where | reading)])
+                        values.update({name: (state.step, value) for name, value in reading.items()})
                         measured = now
                     events.write(values)
                 if save and saved_step != state.step:
@@ -190,6 +171,25 @@ class Engine:
                 if why:
                     self._finish_saving()
                     return Outcome("complete" if record is None else "stopped", why)
+
+    def _next(self, records: Iterator[Record], state: TrainState) -> Record | None:
+        """Have the next step taken, with its own random numbers; None when there is none."""
+        before = state.step
+        seed_step(self.seed, before, distributed.replica())
+        record = next(records, None)
+        if record is not None and state.step != before + 1:
+            raise RunFailed(f"train must advance state.step by one per record; it went from {before} to {state.step}")
+        return record
+
+    def _bar(self, state: TrainState) -> tqdm:
+        return tqdm(
+            total=state.total_steps,
+            initial=state.step,
+            unit="step",
+            mininterval=PROGRESS_SECONDS,
+            disable=not self.progress or distributed.rank() > 0,
+            smoothing=0.05,
+        )
 
     @staticmethod
     def _opened(path: Path) -> IO[bytes]:
@@ -218,6 +218,10 @@ class Engine:
         """Check and write the records since the last time; returns the numbers of the last one that had any."""
         lines, numbers = [], {}
         for step, stage, record in self._pending:
+            for kind, text in record.metrics.get("hints", {}).items():
+                if kind not in self._hinted:  # once a session; the records have it every time
+                    self._hinted.add(kind)
+                    logger.warning("hint at step %d, %s: %s", step, kind, text)
             values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in record.metrics.items()}
             bad = [name for name, value in values.items() if not _is_finite(value)]
             if bad:

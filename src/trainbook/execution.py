@@ -18,7 +18,13 @@ from trainbook.files import write_json
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder
 
 
-def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, Any], notebook: Path | None = None) -> int:
+def run_notebook(
+    workflow: Workflow,
+    folder: RunFolder,
+    parameters: dict[str, Any],
+    notebook: Path | None = None,
+    stop: threading.Event | None = None,
+) -> int:
     """Execute the workflow's notebook with its output shown here, and return the kit's exit code.
 
     Ctrl-C and SIGTERM are passed on to the kernel that trains: it saves and stops, and the notebook runs to its end.
@@ -29,6 +35,7 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
         folder: its run folder; need not exist yet.
         parameters: values of the notebook's `parameters` cell.
         notebook: the file, where it is not the one in the source tree.
+        stop: set when a signal came, so that the caller knows even of a run that was complete by then.
 
     Returns:
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable; judged by run.json, not by papermill.
@@ -56,7 +63,7 @@ def run_notebook(workflow: Workflow, folder: RunFolder, parameters: dict[str, An
 
     # In a thread, because nbclient answers Ctrl-C in the main thread by killing the kernel, and the last minute with it.
     thread = threading.Thread(target=execute, daemon=True)
-    stop_requested = threading.Event()
+    stop_requested = stop or threading.Event()
 
     def request_stop(number: int, frame: Any) -> None:
         stop_requested.set()

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from trainbook import distributed
+from trainbook.accumulation import LossFunction
 from trainbook.data import Batches
 from trainbook.errors import UserError
-from trainbook.optim import LossFunction, Stepper, learning_rate
 from trainbook.optimization import OptimizationConfig
 from trainbook.records import Record
+from trainbook.schedule import learning_rate
 from trainbook.state import TrainState
+from trainbook.stepper import Stepper
 
 
 class Stage:

@@ -114,6 +114,32 @@ def judge(folder: Path, run_id: str) -> Verdict:
     return Verdict(EXIT_CODES["failed"], f"failed: {summary.get('why')}")
 
 
+def say_end(folder: RunFolder, ending: str, resumable: bool, launched: bool = True) -> None:
+    """Print how a run ended, where it lies, and what continues it.
+
+    Args:
+        folder: of the run; a line about what is not there is left out.
+        ending: one line.
+        resumable: whether to say how it goes on.
+        launched: on a platform: the command that did so goes on there.
+    """
+    print(f"\n{ending}")
+    if folder.path.is_dir():
+        print(f"run     {folder.path}")
+    if folder.report.is_file():
+        print(f"report  {folder.report}")
+    if resumable:
+        name = folder.path.name
+        here = f"trainbook resume {folder.path if launched else name}"
+        print(f"resume  the same command with --run-id {name}; or here: {here}" if launched else f"resume  {here}")
+
+
+def say_verdict(verdict: Verdict, folder: RunFolder) -> int:
+    """Print how a run on a platform ended, and return its exit code."""
+    say_end(folder, verdict.text, resumable=verdict.code == EXIT_CODES["stopped"])
+    return verdict.code
+
+
 def differing(folder: Path, digests: dict[str, str]) -> list[str]:
     """Names of the files in a folder that are missing or whose SHA-256 is not the one given."""
     return [name for name, digest in digests.items() if not (folder / name).is_file() or file_sha256(folder / name) != digest]

@@ -8,7 +8,7 @@ from trainbook.config import BaseConfig
 
 
 class OptimizationConfig(BaseConfig):
-    """The choices of training by gradient; a workflow's Config subclasses it, `optim` and `fitting` carry them out."""
+    """The choices of training by gradient; a workflow's Config subclasses it, `Stepper` and `Stage` carry them out."""
 
     DATA_PARALLEL: ClassVar[bool] = True
     BRIEF_NAMES: ClassVar[dict[str, str]] = {"gradient_clipping": "clip_norm", "mixed_precision": "precision"}

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from trainbook.comparison import STANDARD_ERROR, STANDARD_ERRORS
@@ -18,6 +19,7 @@ DOTS_PER_INCH = 100
 MAX_CURVES = 12
 BARS_PER_ROW = 3  # panels
 VALID = "valid_"  # begins the name of what was measured on the validation split
+POINTS_BESIDE = 4  # between two lines with intervals at the same place
 MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 20  # in a picture of attention; tokens along an axis that carry their text
 
 
@@ -122,6 +124,49 @@ def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
         panel.set_yticks(positions, [one.replace("_", " ") for one in who])
         panel.set_title(name.replace("_", " "), fontsize=10)
     return figure
+
+
+def interval_lines(
+    axes: Axes,
+    lines: Mapping[str, Sequence[tuple[float | str, float, float | None, float | None]]],
+    colours: Mapping[str, str],
+) -> None:
+    """Draw one line per name through values with their intervals, side by side where they would cover each other.
+
+    The x axis is logarithmic where numbers spread evenly on that, and has categories, as they come, where not all are numbers.
+
+    Args:
+        axes: where.
+        lines: name to points: place on the x axis, value, low and high end of its interval (None: no interval).
+        colours: by the same names.
+    """
+    places = list(dict.fromkeys(point[0] for line in lines.values() for point in line))
+    numbers = not any(isinstance(place, str) for place in places)
+    places = sorted(places) if numbers else places
+    positions = {place: place if numbers else index for index, place in enumerate(places)}
+    for index, (name, line) in enumerate(lines.items()):
+        points = sorted((positions[place], value, low, high) for place, value, low, high in line)
+        x, values, lows, highs = zip(*points, strict=True)
+        ends = [[abs((end if end is not None else v) - v) for end, v in zip(side, values, strict=True)] for side in (lows, highs)]
+        label = name.replace("_", " ") or "run"
+        bars = axes.errorbar(x, values, ends, fmt=".-", color=colours[name], markersize=5, capsize=2, linewidth=1, label=label)
+        aside = ScaledTranslation(POINTS_BESIDE * (index - (len(lines) - 1) / 2) / 72, 0, axes.figure.dpi_scale_trans)
+        for part in bars.get_children():  # moved when the axes have their limits already, which do not count such moves
+            part.set_transform(axes.transData + aside)
+    if numbers and _even_on_a_logarithmic_axis(places):
+        axes.set_xscale("log")
+    axes.set_xticks(list(positions.values()), [str(place) for place in places], fontsize=8)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, framealpha=0.6)
+
+
+def _even_on_a_logarithmic_axis(values: Sequence[float]) -> bool:
+    """Whether gaps between sorted values are more alike by ratio than by difference."""
+    if values[0] <= 0 or len(values) < 2:
+        return False
+    gaps, ratios = np.diff(values), np.diff(np.log(values))
+    return values[-1] / values[0] >= 10 or np.std(ratios) / np.mean(ratios) < np.std(gaps) / np.mean(gaps)
 
 
 def schedules(rates: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:

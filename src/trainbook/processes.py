@@ -13,11 +13,12 @@ import sys
 import time
 from dataclasses import asdict
 
-from trainbook.engine import Outcome, StopSignals
+from trainbook.engine import Outcome
 from trainbook.errors import RunFailed
 from trainbook.files import read_json, write_json
 from trainbook.records import RunFolder
 from trainbook.runtime import group_environment
+from trainbook.signals import StopSignals
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LIBC = ctypes.CDLL(None)
@@ -58,33 +59,47 @@ def train_in_processes(
             preexec_fn=die_with_parent,
         ) as launcher,
     ):
-        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        os.set_blocking(launcher.stdout.fileno(), False)
-        told = False
         try:
-            while True:
-                ended = launcher.poll() is not None  # asked first, so that its last words are read
-                chunk = launcher.stdout.read()
-                if chunk:
-                    sys.stderr.write(decode(chunk))
-                    sys.stderr.flush()
-                elif ended:
-                    break
-                else:
-                    time.sleep(0.1)
-                first = folder.training_process()
-                if signals.received and not told and first not in (None, os.getpid()):  # else they are still starting
-                    os.kill(first, signal.SIGTERM)
-                    told = True
+            _wait(launcher, signals, folder)
         except BaseException:  # a second Ctrl-C
-            launcher.terminate()  # torchrun gives its processes 30 seconds to save and stop
-            os.set_blocking(launcher.stdout.fileno(), True)
-            while launcher.stdout.read(1 << 16):  # what they still say must find a reader
-                pass
-            launcher.wait()
+            _end(launcher)
             raise
+    return _outcome(folder, launcher.returncode)
+
+
+def _wait(launcher: subprocess.Popen, signals: StopSignals, folder: RunFolder) -> None:
+    """Show what the processes say until they have ended, and pass a stop request on once."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    os.set_blocking(launcher.stdout.fileno(), False)
+    told = False
+    while True:
+        ended = launcher.poll() is not None  # asked first, so that its last words are read
+        chunk = launcher.stdout.read()
+        if chunk:
+            sys.stderr.write(decode(chunk))
+            sys.stderr.flush()
+        elif ended:
+            return
+        else:
+            time.sleep(0.1)
+        first = folder.training_process()
+        if signals.received and not told and first not in (None, os.getpid()):  # else they are still starting
+            os.kill(first, signal.SIGTERM)
+            told = True
+
+
+def _end(launcher: subprocess.Popen) -> None:
+    launcher.terminate()  # torchrun gives its processes 30 seconds to save and stop
+    os.set_blocking(launcher.stdout.fileno(), True)
+    while launcher.stdout.read(1 << 16):  # what they still say must find a reader
+        pass
+    launcher.wait()
+
+
+def _outcome(folder: RunFolder, exit_code: int) -> Outcome:
+    """What the processes wrote about how they ended."""
     if not folder.outcome.exists():
-        raise RunFailed(f"a training process died without a word (torchrun's exit code {launcher.returncode}); see {folder.log}")
+        raise RunFailed(f"a training process died without a word (torchrun's exit code {exit_code}); see {folder.log}")
     ending = read_json(folder.outcome)
     folder.outcome.unlink()
     if ending["status"] == "failed":

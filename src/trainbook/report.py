@@ -50,6 +50,15 @@ def verdict_table(verdicts: list[dict]) -> Table:
     return Table(["metric", "target", "measured", "verdict", "source"], rows)
 
 
+def hints_table(history: list[dict]) -> Table:
+    """Kinds of trouble that the records name, with the steps they came first and last at, and what to do about the last."""
+    found: dict[str, tuple[int, int, str]] = {}
+    for record in history:
+        for kind, text in record.get("hints", {}).items():
+            found[kind] = (found.get(kind, (record["step"],))[0], record["step"], text)
+    return Table(["hint", "from step", "to step", "what to do"], [[k, str(a), str(b), text] for k, (a, b, text) in found.items()])
+
+
 def comparison_table(folders: list[RunFolder]) -> Table:
     """Runs as columns: status, the config fields in which they differ, and every metric."""
     summaries, configs = (
@@ -94,6 +103,7 @@ def write(folder: RunFolder, summary: dict | None = None) -> None:
             title=workflow.title,
             summary=summary,
             metrics=metrics_table(summary["metrics"]) if "metrics" in summary else None,
+            hints=hints_table(folder.history()),
             baselines=baseline_table(summary.get("metrics", {})),
             series=series_table(summary.get("metrics", {})),
             verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,

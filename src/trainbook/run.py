@@ -20,7 +20,7 @@ from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
 from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
-from trainbook.data import Data
+from trainbook.data import Data, origin
 from trainbook.engine import Engine, Outcome
 from trainbook.errors import UserError, is_out_of_memory
 from trainbook.files import file_sha256, read_lines, write_json
@@ -256,7 +256,7 @@ class Run:
 
     def _stamp(self) -> list[str]:
         """What everything that this run makes says of itself."""
-        real = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
+        real = origin(self.data.synthetic)
         checked = "authentic" if self.authentic else "authenticity not checked"
         return [mark for mark in ("SMOKE RUN" if self.preset == "smoke" else "", checked, real) if mark]
 

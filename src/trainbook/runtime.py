@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainbook.devices import KERNELS_REMEDY, kernels_missing
 from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
@@ -293,6 +294,9 @@ def _device(wanted: str) -> tuple[str, str]:
     number = torch.cuda.device_count()
     if group_size() > 1 and name == f"cuda:{own}" and int(own) >= number:
         raise UserError(f"process {own} finds only {number} GPUs", f"use --processes {max(number, 1)}, or --device cpu")
+    if missing := _kernels_missing(name):
+        remedy = f"{KERNELS_REMEDY}; or train on the CPU: --device cpu. See 'CUDA and the card' in the workflow's README"
+        raise UserError(f"device {name}: {missing}", remedy)
     try:
         # is_available() is true where the wheel has no kernels for the card: only an operation tells.
         torch.ones(8, device=name).sum().item()
@@ -302,6 +306,20 @@ def _device(wanted: str) -> tuple[str, str]:
             return "cpu", f"a CUDA device is there but does not work ({reason}); `trainbook doctor` says why"
         raise UserError(f"device {wanted!r} does not work: {reason}", "run `trainbook doctor`, or use --device cpu") from None
     return name, "one real operation ran on it"
+
+
+def _kernels_missing(device: str) -> str:
+    import torch
+
+    try:
+        missing = kernels_missing(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+        return f"{torch.cuda.get_device_name(device)} has {missing}" if missing else ""
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ):  # no such card, or a driver that does not answer: the operation below tells
+        return ""
 
 
 def mixed_dtype(device: str) -> str:

@@ -23,7 +23,7 @@ logger = logging.getLogger("trainbook")
 def main(workflow: str, path: str, checkpoint_seconds: str, progress: str) -> None:
     """Train the run of a folder with the other processes of this group; the first writes how it ended."""
     die_with_parent()
-    # A stop request that comes before training waits for the engine's StopSignals.
+    # A stop request that comes before training waits for StopSignals in the engine.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     folder = RunFolder(Path(path))
     saved = read_json(folder.config)

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from trainbook.data import Batches, batch_indices
 from trainbook.engine import Engine
 from trainbook.fitting import Stage
-from trainbook.optim import make_optimizer
 from trainbook.optimization import OptimizationConfig
+from trainbook.optimizer import make_optimizer
 from trainbook.records import Record, RunFolder
 from trainbook.state import TrainState
 

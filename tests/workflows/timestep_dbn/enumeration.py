@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from trainbook.workflows.timestep_dbn.baselines import LogisticChain
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
+from trainbook.workflows.timestep_dbn.chain_step import largest
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Phases, Update, contrastive_update
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
-from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_update
+from trainbook.workflows.timestep_dbn.elementwise import Elementwise
+from trainbook.workflows.timestep_dbn.rbm import Block
 
 SCHEDULES = ("cosine", "reciprocal", "linear")
 DOUBLE = torch.float64
@@ -117,10 +120,21 @@ def repeat_timestep(block: Block, t: int, times: int) -> Block:
     return Block(*(tensor[t].expand(times, *tensor.shape[1:]) for tensor in parameters(block)))
 
 
+def phases_of(block: Block, data: Tensor, context: Tensor, model: Tensor) -> Phases:
+    """Both phases of a step: z+ and z-, (T, B, V), in a context g, (T, B, G)."""
+    phases = Phases(block, data.shape[1])
+    for target, value in ((phases.data, data), (phases.model, model), (phases.context, context)):
+        target.copy_(value)
+    phases.set_bias(block)
+    return phases
+
+
+@torch.no_grad()
 def contrastive_gradients(block: Block, data: Tensor, context: Tensor, model: Tensor) -> list[Tensor]:
     """What `contrastive_update` writes, per parameter (T, ...)."""
     gradients = [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in parameters(block)]
-    contrastive_update(block, data, context, block.context_bias(context), model, Update(tuple(gradients), 0.0, 0.0, -1.0))
+    phases, update = phases_of(block, data, context, model), Update(tuple(gradients), 0.0, 0.0, -1.0)
+    contrastive_update(block, phases, update, Elementwise(False, largest([phases]), "cpu"))
     return gradients
 
 

@@ -22,10 +22,11 @@ from trainbook.workflows.timestep_dbn import autocorrelation
 from trainbook.workflows.timestep_dbn.autocorrelation import autocovariance, integrated_time, measure, sweeps_needed
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty, adapted, add_correlation_penalty
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.likelihood import Factor, chain_factors
-from trainbook.workflows.timestep_dbn.rbm import Block, Update
+from trainbook.workflows.timestep_dbn.rbm import Block
 
 
 def exact_covariances(case: Case, t: int, b: int, statistic: Tensor, max_lag: int) -> Tensor:

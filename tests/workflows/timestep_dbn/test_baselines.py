@@ -99,13 +99,13 @@ def train_baselines(config: Config, data: Data, state: TrainState, steps: int) -
 
 
 def test_small_rbm_gets_its_share_of_the_time(tmp_path, monkeypatch):
-    seen, original = [], training.contrastive_step
+    seen, original = [], training.PlainStep.__call__
 
-    def count(block, *rest):
-        seen.append(block.weight.shape[2])
-        original(block, *rest)
+    def count(step, *rest):
+        seen.append(step.rbm.weight.shape[2])
+        original(step, *rest)
 
-    monkeypatch.setattr(training, "contrastive_step", count)
+    monkeypatch.setattr(training.PlainStep, "__call__", count)
     config, data, state = digits_run(tmp_path, small_rbm_updates=5, baseline_epochs=2)
     train_baselines(config, data, state, 8)
     widths = {name: state.modules[name].weight.shape[2] for name in ("monolithic_rbm", "small_rbm")}

@@ -19,7 +19,7 @@ from tests.workflows.timestep_dbn.enumeration import (
     state_index,
 )
 from tests.workflows.timestep_dbn.runs import bars_and_stripes
-from trainbook.optim import Stepper
+from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn import denoiser as denoiser_module
 from trainbook.workflows.timestep_dbn.baselines import LogisticChain
 from trainbook.workflows.timestep_dbn.config import Config

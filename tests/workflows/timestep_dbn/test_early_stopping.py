@@ -116,7 +116,7 @@ def enumerated_pseudo_likelihood(parameters: list[Tensor], z: Tensor, bias: Tens
 
 @pytest.mark.parametrize("context", ["hidden_mean", "bits"])
 def test_trained_chain_holds_the_epoch_with_the_best_enumerated_pseudo_likelihood(tmp_path, monkeypatch, context):
-    choices = {"epochs_per_timestep": 6, "learning_rate": 0.3, "context": context}
+    choices = {"epochs_per_timestep": 6, "learning_rate": 3.0, "context": context}
     config, data, state = digits_run(tmp_path, **choices)
     with monkeypatch.context() as patch:  # the same run without its end: the weights after every epoch
         patch.setattr(EarlyStopping, "restore", lambda self, start, stop: None)
@@ -204,7 +204,7 @@ def test_block_that_stopped_entirely_does_nothing_until_its_end(tmp_path, monkey
 
 
 def test_resume_with_stopped_timesteps_is_bit_for_bit(tmp_path):
-    choices = {"block_size": 3, "epochs_per_timestep": 6, "patience": 1}
+    choices = {"block_size": 3, "epochs_per_timestep": 6, "patience": 1, "learning_rate": 3.0}
     config, data, state = stopping_run(tmp_path, **choices)
     saved, stopped_at = {}, set()
     for step in range(1, state.total_steps):

@@ -19,12 +19,15 @@ from tests.workflows.timestep_dbn.enumeration import (
     exact_gradients,
     gibbs_kernel,
     parameters,
+    phases_of,
     random_case,
     repeat_timestep,
     state_index,
 )
 from trainbook.workflows.timestep_dbn.annealing import log_partition
-from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_update, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.contrastive import Update, contrastive_update
+from trainbook.workflows.timestep_dbn.elementwise import Elementwise
+from trainbook.workflows.timestep_dbn.rbm import Block, log_pseudo_likelihood
 
 
 def test_partition_summed_over_visible_equals_summed_over_hidden():
@@ -229,6 +232,6 @@ def test_sgd_in_place_is_torchs_sgd_on_the_gradients():
     groups = [{"params": reference[::3], "weight_decay": 0.2}, {"params": reference[1:3]}]  # W, U; a, b
     torch.optim.SGD(groups, lr=0.3).step()
     update = Update.sgd(parameters(case.block), 0.3, 0.2)
-    contrastive_update(case.block, data, case.context, case.block.context_bias(case.context), model, update)
+    contrastive_update(case.block, phases_of(case.block, data, case.context, model), update, Elementwise(False, 0, "cpu"))
     for moved, expected in zip(parameters(case.block), reference, strict=True):
         torch.testing.assert_close(moved, expected, rtol=0, atol=1e-12)

@@ -26,9 +26,9 @@ GPU_MEMORY_PAGE = "see 'GPU memory' in the workflow's README"
 def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_images: int, on_cpu: bool) -> dict[str, int]:
     """What training a block takes on top of the chain itself, from the shapes, in bytes of float32.
 
-    Gradients cost n P with P = sum_l (V H + V + H + G H)_l, Adam's moments twice that. A step makes, for the m timesteps
-    it takes at once, transitions, fields and contexts m B sum_l (3 V + G + H), and on the largest level both phases
-    m B (4 V + 5 H). The metrics of an epoch make n R (2 sum_l (3 V + H) + sum_l (G + V) + 4 max_l H).
+    Gradients cost n P with P = sum_l (V H + V + H + G H)_l, Adam's moments twice that. A step works, for the m timesteps
+    it takes at once, in m B sum_l (3 V + 4 H + G) for the phases and, uncompiled, twice the largest level's 2 m B max(V, H).
+    The metrics of an epoch make n R (2 sum_l (3 V + H) + sum_l (G + V) + 4 max_l H).
 
     Args:
         config: of the run.
@@ -38,7 +38,7 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
         on_cpu: a CPU steps at most `CPU_TILE` timesteps at once, a GPU the whole block.
 
     Returns:
-        Name to bytes; what is there at the same time is in `peak_bytes`.
+        Name to bytes; all of it is there at the end of an epoch.
     """
     shapes = [(*level.weight.shape[1:], level.context_weight.shape[1]) for level in dbn.levels]  # V, H, G
     parameters = timesteps * sum(V * H + V + H + G * H for V, H, G in shapes)
@@ -50,22 +50,16 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
         "gradients": parameters,
         "moments of the optimizer": 2 * parameters if config.optimizer == "adam" else 0,
         "weights at the start of an epoch's last step": timesteps * sum(V * H for V, H, _ in shapes),
-        "what a step makes": step * (3 * bits + contexts + hidden + max(4 * V + 5 * H for V, H, _ in shapes)),
+        "what a step works in": step * (3 * bits + 4 * hidden + contexts + 4 * max(max(V, H) for V, H, _ in shapes)),
         "what the metrics of an epoch make": timesteps * METRIC_ROWS * metrics,
     }
     return {name: 4 * number for name, number in floats.items()}
 
 
-def peak_bytes(allocations: dict[str, int]) -> int:
-    """The most that is there at the same time: a step's and the metrics' temporaries never are."""
-    *lasting, step, metrics = allocations.values()
-    return sum(lasting) + max(step, metrics)
-
-
 def largest_block(config: Config, dbn: TimestepDBN, num_images: int, on_cpu: bool, free_bytes: int) -> int:
     """The most timesteps whose block fits in 90 % of the free memory; 1 where none does."""
     for timesteps in range(config.timesteps, 1, -1):
-        if peak_bytes(block_allocations(config, dbn, timesteps, num_images, on_cpu)) <= USED_SHARE * free_bytes:
+        if sum(block_allocations(config, dbn, timesteps, num_images, on_cpu).values()) <= USED_SHARE * free_bytes:
             return timesteps
     return 1
 
@@ -100,7 +94,7 @@ class Blocks:
         """Log the choice, and what the largest block takes: shown where memory was short, else for the log file."""
         size = max(stop - start for start, stop in pairwise(self.bounds))
         allocations = block_allocations(self._config, self._dbn, size, self._num_images, self._on_cpu)
-        needed, free = peak_bytes(allocations), USED_SHARE * self._free_bytes
+        needed, free = sum(allocations.values()), USED_SHARE * self._free_bytes
         logger.info(
             "chain: %d block(s) of at most %d of %d timesteps; one needs %s of %s free",
             len(self.bounds) - 1, size, self._config.timesteps, _shown(needed), _shown(self._free_bytes),

@@ -27,11 +27,11 @@ class TimestepDBN(nn.Module):
         super().__init__()
         self.context_kind, self.noisy_context = config.context, config.noisy_context
         self.level_sizes = list(level_sizes)
-        coarser = [*(self.level_sizes if config.context == "bits" else config.hidden_units)[1:], 0]
+        self.coarser = [*(self.level_sizes if config.context == "bits" else config.hidden_units)[1:], 0]  # units a message has
         noisy = sum(level_sizes) if config.noisy_context else 0
         self.levels = nn.ModuleList(
             ConditionalRBM(config.timesteps, size, hidden, below + noisy, config.batch_size)
-            for size, hidden, below in zip(level_sizes, config.hidden_units, coarser, strict=True)
+            for size, hidden, below in zip(level_sizes, config.hidden_units, self.coarser, strict=True)
         )
         # Per timestep; chosen from the measured autocorrelation where the config does not say.
         sweeps = config.sampling_sweeps or config.most_sampling_sweeps

@@ -8,6 +8,15 @@ from trainbook.config import BaseConfig
 from trainbook.optimization import OptimizationConfig
 from trainbook.records import Target
 
+# The brief's setting. V100 and T4 differ from each other in memory and speed, which the size of the blocks follows by itself;
+# both have 16-bit units for the autoencoder.
+_FULL: dict[str, Any] = {
+    "dataset": "cifar10_airplane", "timesteps": 50, "batch_size": 32, "epochs_per_timestep": 100, "gibbs_sweeps": 1,
+    "learning_rate": 2e-3,
+    "code_channels": (4, 8, 16), "hidden_units": (512, 256, 256), "autoencoder_epochs": 100, "autoencoder_width": 96,
+    "ais_temperatures": 1000,
+}  # fmt: skip
+
 
 class Config(BaseConfig):
     """The choices of a timestep-specific DBN run; levels are counted from fine (0) to coarse (2)."""
@@ -19,11 +28,12 @@ class Config(BaseConfig):
             "max_train_images": 256, "evaluation_images": 32, "ais_temperatures": 20, "num_samples": 16, "autoencoder_width": 16,
         },
         "laptop": {},
-        "full": {
-            "dataset": "cifar10_airplane", "timesteps": 50, "batch_size": 32, "epochs_per_timestep": 100, "gibbs_sweeps": 1,
-            "learning_rate": 2e-3,
-            "code_channels": (4, 8, 16), "hidden_units": (512, 256, 256), "autoencoder_epochs": 100, "autoencoder_width": 96,
-            "ais_temperatures": 1000,
+        "full": _FULL,
+        "v100": {**_FULL, "precision": "mixed"},
+        "t4": {**_FULL, "precision": "mixed"},
+        "cpu": {
+            **_FULL, "autoencoder_epochs": 20, "autoencoder_width": 48, "epochs_per_timestep": 20, "baseline_epochs": 5,
+            "evaluation_images": 64, "ais_temperatures": 100,
         },
     }  # fmt: skip
 
@@ -33,6 +43,7 @@ class Config(BaseConfig):
         "mixed_precision": "precision",
     }
 
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = (*BaseConfig.FILE_FIELDS, "data_file", "autoencoder")
     MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
         "autoencoder": (
             "autoencoder",
@@ -94,6 +105,11 @@ class Config(BaseConfig):
     """Rate of the RBMs' optimizer, lowered to a tenth by a cosine within each block."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
+    acceleration: Literal["auto", "off", "compiled"] = "auto"
+    """Kernels of the RBMs' training compiled by torch, or not; auto: on a CPU, when the chain trains long enough to gain. The
+    numbers are the same bit for bit; the first compilation of a machine takes about a minute."""
+    tf32: bool = False
+    """On NVIDIA cards from Ampere on: float32 products with 10 bits of mantissa, several times faster."""
 
     correlation_threshold: float = Field(default=0.0, ge=0, lt=1)
     """Pull a timestep towards independent units while its chain's autocorrelation is above this and not falling; 0: never."""
@@ -170,6 +186,7 @@ class Config(BaseConfig):
             final_learning_rate_share=0.1,
             clip_norm=self.clip_norm,
             precision=self.precision,
+            tf32=self.tf32,
         )
 
     @property
@@ -178,7 +195,7 @@ class Config(BaseConfig):
         return 1 if self.order == "sequential" else min(self.block_size or self.timesteps, self.timesteps)
 
 
-_REAL = ("laptop", "full")
+_REAL = ("laptop", "full", "v100", "t4", "cpu")
 _BRIEF = "brief: the chain must beat its baselines, or the report says so"
 
 TARGETS = (

@@ -18,8 +18,9 @@ from torch import Tensor
 from trainbook.layers import product
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
-from trainbook.workflows.timestep_dbn.rbm import Block, Update
+from trainbook.workflows.timestep_dbn.rbm import Block
 
 LOWEST = 1e-3  # a strength below this is none
 RAISED, LOWERED = 1.5, 0.7

@@ -78,6 +78,17 @@ def flip(bits: Tensor, probability: Tensor) -> Tensor:
     return torch.lt(noise, probability, out=noise).sub_(bits).abs_()
 
 
+def transition_thresholds(schedule: FlipSchedule) -> Tensor:
+    """Where one uniform number x decides a bit's transition for t = 1..T: in [0, 1), (T, 3, 1), in double precision.
+
+    Neither z_{t-1} nor z_t differs from z_0 below the first threshold, only z_{t-1} below the second, both below the third,
+    only z_t above: with probabilities (1 - c)(1 - beta), c beta, c (1 - beta) and (1 - c) beta, c = c_{t-1}.
+    """
+    beta, cumulative = schedule.beta[1:].double(), schedule.cumulative[:-1].double()
+    neither = (1 - cumulative) * (1 - beta)
+    return torch.stack([neither, neither + cumulative * beta, neither + cumulative], 1).unsqueeze(2)
+
+
 def posterior_probability(noisy: Tensor, clean: Tensor, beta: Tensor, previous_cumulative: Tensor) -> Tensor:
     """q(z_{t-1} = 1 | z_t, z_0) for each bit.
 

@@ -22,6 +22,7 @@ from trainbook.workflows.timestep_dbn.chain import (
 )
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
+from trainbook.workflows.timestep_dbn.gradient_bias import negative_phase_bias
 from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, chain_factors, plain_bracket
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.sample_metrics import sample_metrics
@@ -42,6 +43,7 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
     end_bit_error: share of wrong bits after undoing the noise of step t (c_t just below 0.25), lower is better.
     What is measured on samples is in `sample_metrics`. "<baseline>/<metric>_above_chain" is the baseline's value less the
     chain's, with its 95 % interval.
+    negative_phase_bias: relative error of the statistics that contrastive divergence takes for the model's.
 
     Raises:
         RunFailed: when some timestep was never trained.
@@ -64,6 +66,7 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
             num_rows=config.num_samples,
         ),
         "chain/final_flip_probability": float(schedule.cumulative[-1]),
+        "chain/negative_phase_bias": negative_phase_bias(config, state.modules["dbn"], test, schedule),
     }
 
 

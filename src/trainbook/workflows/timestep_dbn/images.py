@@ -1,5 +1,6 @@
 """Images of a timestep-specific DBN run: embedded digits, CIFAR-10 airplanes, or the user's own file."""
 
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,7 +29,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     if config.dataset == "digits":
         return _digits(config).to(runtime.device)
     if config.dataset == "cifar10_airplane":
-        train, test = _airplanes(runtime.data_folder)
+        train, test = _airplanes(runtime)
         source, licence = "CIFAR-10, class airplane (Krizhevsky 2009), by torchvision", "research use, cite"
     else:
         train, test = _from_file(Path(config.data_file))
@@ -82,15 +83,25 @@ def _as_images(array: np.ndarray) -> Tensor:
     return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
-def _airplanes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _airplanes(runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
+    """From what lies in the data folder or among the inputs, else downloaded; torchvision checks every file's MD5."""
     from torchvision.datasets import CIFAR10
 
+    folder, archive = runtime.data_folder, CIFAR10.filename
     try:
-        sets = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]  # torchvision checks the MD5
+        extracted = [place for place in runtime.input_folders if (place / CIFAR10.base_folder).is_dir()]
+        packed = [place for place in runtime.input_folders if (place / archive).is_file()]
+        if (folder / CIFAR10.base_folder).is_dir() or (folder / archive).is_file():
+            extracted = packed = []
+        if not extracted and packed:  # an input cannot be written to
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(packed[0] / archive, folder / archive)
+        place = extracted[0] if extracted else folder
+        sets = [CIFAR10(str(place), train=train, download=not extracted) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot get CIFAR-10 into {folder}: {error}",
-            "turn the internet on, put cifar-10-python.tar.gz in that folder, or use dataset = file",
+            f"turn the internet on, put {archive} in that folder or in one of TRAINBOOK_INPUTS, or use dataset = file",
         ) from None
     return tuple(part.data[np.array(part.targets) == AIRPLANE] for part in sets)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.config import Config
-from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, Update
+from trainbook.workflows.timestep_dbn.contrastive import Update
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

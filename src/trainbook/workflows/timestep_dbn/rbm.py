@@ -11,15 +11,12 @@ Likelihood, arXiv 2012.08125; Jelincic et al. (2025), arXiv 2510.23972, for the 
 # a visible bias, b hidden bias, W weight, U context weight
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from trainbook.layers import blend_, product
+from trainbook.layers import product
 
 INITIAL_INPUT = 0.25  # standard deviation of what a unit receives from all others at the start, before any learning
 
@@ -32,7 +29,8 @@ class ConditionalRBM(nn.Module):
         visible_units: V.
         hidden_units: H.
         context_units: G, 0 for none.
-        num_chains: persistent Gibbs chains kept per timestep.
+        num_chains: persistent Gibbs chains kept per timestep. Their state is that of the visible units, which then draw hidden
+            units that know the context of a new step; without a context it is that of the hidden units, one product less.
     """
 
     def __init__(self, timesteps: int, visible_units: int, hidden_units: int, context_units: int, num_chains: int) -> None:
@@ -42,7 +40,8 @@ class ConditionalRBM(nn.Module):
         self.visible_bias = nn.Parameter(torch.zeros(timesteps, visible_units))
         self.hidden_bias = nn.Parameter(torch.zeros(timesteps, hidden_units))
         self.context_weight = nn.Parameter(scale * torch.randn(timesteps, context_units, hidden_units))
-        self.register_buffer("chains", torch.bernoulli(torch.full((timesteps, num_chains, visible_units), 0.5)))
+        units = visible_units if context_units else hidden_units
+        self.register_buffer("chains", torch.bernoulli(torch.full((timesteps, num_chains, units), 0.5)))
 
     @torch.no_grad()
     def start_from(self, source: int, start: int, stop: int) -> None:
@@ -130,105 +129,8 @@ class Block:
 
 
 def sample_bits(logit: Tensor) -> Tensor:
-    """Bits with P(1) = sigmoid(logit), written over the logit.
-
-    `rand < p` costs 17 ns a bit on one core where `torch.bernoulli` costs 24.
-    """
+    """Bits with P(1) = sigmoid(logit), written over the logit, from torch's generator; training draws with `elementwise`."""
     return torch.lt(torch.rand_like(logit), logit.sigmoid_(), out=logit)
-
-
-@dataclass(frozen=True)
-class Update:
-    """Where contrastive statistics go: target <- keep target + scale (E_data - E_model).
-
-    Attributes:
-        targets: for weight, visible bias, hidden bias, context weight; (T, ...) each.
-        keep: share of the weights' targets that stays.
-        keep_bias: share of the biases' targets that stays, 0 or 1.
-        scale: of what is added.
-    """
-
-    targets: tuple[Tensor, ...]
-    keep: float
-    keep_bias: float
-    scale: float
-
-    @classmethod
-    def gradient(cls, parameters: Sequence[Tensor]) -> "Update":
-        """Overwrite the parameters' gradients, which an optimizer then reads: -(E_data - E_model)."""
-        return cls(tuple(parameter.grad for parameter in parameters), 0.0, 0.0, -1.0)
-
-    @classmethod
-    def sgd(cls, parameters: Sequence[Tensor], rate: float, weight_decay: float) -> "Update":
-        """Move the parameters themselves, in the pass that makes the statistics: W <- (1 - rate decay) W + rate (...)."""
-        return cls(tuple(parameter.detach() for parameter in parameters), 1 - rate * weight_decay, 1.0, rate)
-
-    def at(self, timesteps: slice) -> "Update":
-        """The same for some of the timesteps."""
-        return replace(self, targets=tuple(target[timesteps] for target in self.targets))
-
-
-def contrastive_update(block: Block, data: Tensor, context: Tensor, context_bias: Tensor, model: Tensor, update: Update) -> None:
-    """Gradient of log p averaged over the batch, E_data[z s(.)'] - E_model[z s(.)'] and likewise for a, b and U, applied.
-
-    Positive and negative phase share one matrix product: the stack [z+; z-] against [h+; -h-].
-
-    Args:
-        block: the RBMs.
-        data: z+, (T, B, V).
-        context: g, (T, B, G).
-        context_bias: (T, B, H).
-        model: z-, (T, B, V), the end of the negative chain.
-        update: where it goes.
-
-    Source: Hinton (2002), Training Products of Experts; Tieleman (2008) for persistent chains.
-    """
-    T, B = data.shape[:2]
-    scale = update.scale / B
-    weight, visible_bias, hidden_bias, context_weight = update.targets
-    visible = torch.cat([data, model], 1)  # (T, 2B, V)
-    hidden = product(visible, block.weight)  # (T, 2B, H)
-    hidden.view(T, 2, B, -1).add_(context_bias.unsqueeze(1)).sigmoid_()
-    hidden[:, :B].mul_(scale)
-    hidden[:, B:].mul_(-scale)
-    product(visible.transpose(1, 2), hidden, out=weight, keep=update.keep)
-    blend_(hidden_bias, hidden.sum(1), update.keep_bias)
-    blend_(visible_bias, (data.sum(1) - model.sum(1)).mul_(scale), update.keep_bias)
-    if context.shape[2]:
-        product(context.transpose(1, 2), hidden[:, :B] + hidden[:, B:], out=context_weight, keep=update.keep)
-
-
-def contrastive_step(
-    block: Block,
-    chains: Tensor,
-    data: Tensor,
-    noisy: Tensor,
-    context: Tensor,
-    context_bias: Tensor,
-    field: Tensor,
-    negative_phase: Literal["pcd", "recovery", "cd"],
-    sweeps: int,
-    update: Update,
-) -> None:
-    """Run the negative phase and apply the contrastive statistics; with pcd the chains move on.
-
-    Args:
-        block: the RBMs.
-        chains: (T, B, V), persistent chains.
-        data: z_{t-1}, (T, B, V).
-        noisy: z_t, (T, B, V).
-        context: g, (T, B, G).
-        context_bias: (T, B, H).
-        field: Gamma_t (2 z_t - 1), (T, B, V).
-        negative_phase: the Gibbs chain starts at the persistent chains, at z_t, or at z_{t-1}.
-        sweeps: of the Gibbs chain.
-        update: where the statistics go.
-    """
-    start = {"pcd": chains, "recovery": noisy, "cd": data}[negative_phase]
-    model = block.gibbs(start, context_bias, field, sweeps)
-    if negative_phase == "pcd":
-        chains.copy_(model)
-    contrastive_update(block, data, context, context_bias, model, update)
 
 
 def log_pseudo_likelihood(block: Block, visible: Tensor, context_bias: Tensor, field: Tensor, max_bits: int = 10**9) -> Tensor:

@@ -12,25 +12,29 @@ from trainbook.data import Batches, Data
 from trainbook.errors import RunFailed, is_out_of_memory
 from trainbook.fitting import Stage
 from trainbook.monitor import free_memory_bytes
-from trainbook.optim import Stepper, learning_rate
 from trainbook.records import Record
 from trainbook.runtime import Runtime
+from trainbook.schedule import learning_rate
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
+from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn.autocorrelation import integrated_time, measure, sweeps_needed
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep, PlainStep, pays_to_compile
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
+from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
 from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_adam, rbm_update, rbm_views
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
-from trainbook.workflows.timestep_dbn.rbm import Block, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.rbm import Block, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.self_test import check_computation
 from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
@@ -136,12 +140,20 @@ def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) ->
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
-    """Train stage after stage from `state.step`; yields once per step.
+    """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when some timestep made no update in an epoch, or in the whole run.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch.
         UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
+    deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
+    for record in _train_stages(config, data, state):
+        if state.step == 1:
+            record.metrics["self_test"] = deviations
+        yield record
+
+
+def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     plan = _plan(config, data, state)
     if config.autoencoder and state.step == 0:
         check_codes(state.modules[AUTOENCODER], config, data.valid["images"])
@@ -151,7 +163,6 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
             yield from _train_chain(config, data, codes, state)
-        state.stateful[BLOCKS].check_all_trained()
         if config.optimizer == "adam":
             release(state.optimizers["dbn"], 0)
         yield from _train_baselines(config, codes, state, _plan(config, data, state))
@@ -211,7 +222,9 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
     views = [rbm_views(level, start, stop) for level in dbn.levels]
     step_optimizer = attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
     blocks = dbn.blocks(start, stop)
-    tile = CPU_TILE if device.type == "cpu" else stop - start
+    tile = min(CPU_TILE, stop - start) if device.type == "cpu" else stop - start
+    compiled = pays_to_compile(config, dbn, plan.block_steps * len(plan.blocks))
+    chain_step = ChainStep(config, dbn, tile, compiled)
     active = stopping.active(start, stop, tile)
     while block_step < plan.block_steps:
         epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
@@ -223,7 +236,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
             updates = [rbm_update(config, view, rate) for view in views]
             for first, last in active:
                 parts = [update.at(slice(first - start, last - start)) for update in updates]
-                _update_chain(config, dbn, clean, schedule, first, last, parts)
+                chain_step(clean, state.step, first, last, parts)
                 if penalty:
                     penalty.apply(dbn, clean, schedule, first, last, parts)
             step_optimizer(rate)
@@ -243,6 +256,7 @@ def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainSta
                     correlation = measure(chain_factors(dbn, schedule), codes["valid"], start, stop, config.correlation_lag)
                     metrics["chain_autocorrelation_by_timestep_and_level"] = slowest = correlation[..., -1].amax(-1)
                     metrics["correlation_penalty_by_timestep_and_level"] = penalty.adapt(start, slowest)
+                metrics["hints"] = hints(metrics)
         if block_step + 1 == plan.block_steps:
             stopping.restore(start, stop)
             metrics |= _settle(config, dbn, chain_factors(dbn, schedule), codes["valid"], start, stop)
@@ -263,20 +277,6 @@ def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tens
         "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
         "sampling_sweeps_by_timestep": model.sampling_sweeps[start:stop].clone(),
     }
-
-
-@torch.no_grad()
-def _update_chain(
-    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
-) -> None:
-    """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
-    previous, noisy = diffuse(clean, schedule, start, stop)
-    blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
-    for level, (context, bias) in enumerate(dbn.contexts(blocks, previous, noisy)):
-        contrastive_step(
-            blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
-            config.negative_phase, config.gibbs_sweeps, updates[level],
-        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -322,6 +322,8 @@ def _epoch_metrics(
     still = [start + 1 + int(t) for norm in norms for t in ((norm == 0) & ~stopped).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    beta = schedule.beta[start + 1 : stop + 1]
+    alive = [health(b, z, bias, f, beta) for b, z, f, bias in valid]
     named = {
         "reconstruction_error": errors,
         "pseudo_likelihood": likelihoods,
@@ -332,6 +334,8 @@ def _epoch_metrics(
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},
         **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
+        "dead_bits_by_level": dead_bits(codes["train"]),
     }
 
 
@@ -352,7 +356,8 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
     step_optimizers = {name: attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
     rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
     updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
-    field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
+    compiled = pays_to_compile(config, state.modules["dbn"], plan.block_steps * len(plan.blocks))
+    step_rbms = {name: PlainStep(config, rbm, stream, compiled) for stream, (name, rbm) in enumerate(rbms.items(), 1)}
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
     state.stage = BASELINES
     while state.step < plan.total_steps:
@@ -360,12 +365,7 @@ def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: Trai
         for name, view in views.items():
             for index in range(updates[name] * step, updates[name] * (step + 1)):
                 rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
-                with torch.no_grad():
-                    block, data = Block(*view), batches(index)["bits"].unsqueeze(0)
-                    bias, update = block.context_bias(context), rbm_update(plain, view, rate)
-                    contrastive_step(
-                        block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update
-                    )
+                step_rbms[name](batches(index)["bits"], index, rbm_update(plain, view, rate))
                 step_optimizers[name](rate)
         batch = batches(step)["bits"]
         metrics: dict[str, Any] = {}

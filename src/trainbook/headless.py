@@ -1,0 +1,61 @@
+"""A run without a person: all that can be checked first, then its notebook, then how it ended."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from trainbook import runtime
+from trainbook.errors import UserError
+from trainbook.launching import say_end
+from trainbook.records import new_run_id
+
+
+def execute(
+    name: str,
+    preset: str,
+    overrides: dict[str, Any],
+    run_id: str = "",
+    authentic: bool = False,
+    notebook: Path | None = None,
+    stop: threading.Event | None = None,
+) -> int:
+    """Check everything that can be checked before a kernel is started, then run the notebook.
+
+    Args:
+        name: of the workflow.
+        preset, overrides, run_id, authentic: as `run.start` takes them.
+        notebook: the file, where it is not the one in the source tree.
+        stop: set when a signal asked for an end, whether or not the run came to its own before.
+
+    Returns:
+        0 complete, 1 failed, 2 bad input, 3 stopped and resumable.
+
+    Raises:
+        UserError: for what `run.start` refuses, or a folder in which a process is training.
+    """
+    if runtime.group_size() > 1:
+        from trainbook.worker import train_in_group
+
+        code, run_id = train_in_group(name, preset, overrides, run_id, authentic)
+        if code is not None:
+            return code
+        runtime.leave_group()
+    from trainbook.execution import run_notebook
+    from trainbook.run import prepare
+
+    run_id = run_id or new_run_id(name, preset)
+    prepared = prepare(name, preset, overrides, run_id, authentic)
+    if (process := prepared.folder.training_process()) is not None:
+        raise UserError(f"process {process} is training in {prepared.folder.path}", "wait for it or stop it first")
+    code = run_notebook(
+        prepared.workflow,
+        prepared.folder,
+        {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
+        notebook,
+        stop,
+    )
+    if prepared.folder.run_json.exists():
+        summary = prepared.folder.summary()
+        ending = f"{summary['status']}: {summary['why']}"
+        say_end(prepared.folder, ending, resumable=summary["status"] != "complete", launched=False)
+    return code

@@ -1,0 +1,101 @@
+"""One run among several that are compared: its name, its training, what became of it."""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainbook import runtime
+from trainbook.headless import execute
+from trainbook.records import EXIT_CODES, RunFolder
+
+MAX_ID_CHARACTERS = 150  # of a run's name; a file's may have 255 bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a trial.
+
+    Attributes:
+        status: complete, failed, stopped or waiting.
+        why: of run.json.
+        metrics: held-out metrics of a complete run.
+        seconds: that it trained and measured.
+        synthetic: whether its data were.
+    """
+
+    status: str
+    why: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    synthetic: bool | None = None
+
+
+def run_trial(
+    workflow: str,
+    preset: str,
+    overrides: dict[str, Any],
+    run_id: str,
+    authentic: bool = False,
+    stop: threading.Event | None = None,
+) -> Result:
+    """Train one ordinary run, as `trainbook run` does, or go on with it; a complete one is left as it is.
+
+    What it prints is in its notebook; its progress and errors show here.
+
+    Args:
+        workflow, preset, overrides, run_id, authentic: of the run.
+        stop: set when a signal asked for an end.
+
+    Raises:
+        UserError: for what no run on this machine could do, such as a device that does not work.
+    """
+    folder = RunFolder(runtime.runs_folder() / run_id)
+    result = read_result(folder)
+    if result.status == "complete":
+        return result
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        code = execute(workflow, preset, overrides, run_id, authentic, stop=stop)
+    result = read_result(folder)
+    if code == EXIT_CODES["complete"]:
+        return result
+    interrupted = stop is not None and stop.is_set()
+    status = "stopped" if code == EXIT_CODES["stopped"] or interrupted else "failed"
+    why = result.why if result.status == status else "interrupted" if interrupted else "it ended before it was trained, see above"
+    return Result(status, why, seconds=result.seconds)
+
+
+def read_result(folder: RunFolder) -> Result:
+    """What a run folder says."""
+    if not folder.run_json.is_file():
+        return Result("waiting", "")
+    summary = folder.summary()
+    status, seconds, synthetic = summary["status"], summary["wall_seconds"], summary["data"]["synthetic"]
+    status = "stopped" if status == "running" else status
+    return Result(status, summary["why"], summary["metrics"] if status == "complete" else {}, seconds, synthetic)
+
+
+def text_of(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    return f"({','.join(map(text_of, value))})" if isinstance(value, list | tuple) else str(value)
+
+
+def run_id_of(prefix: str, values: dict[str, Any], seed: int) -> str:
+    """A run id that starts with `prefix` and no other values have: what cannot stand in one is told apart by a digest."""
+    parts = []
+    for name, value in values.items():
+        text = text_of(value)
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", text)
+        parts.append(f"{name}_{safe}" if safe == text else f"{name}_{safe.strip('_')[:24]}-{digest(text)}")
+    run_id = "-".join([prefix, *parts, f"seed_{seed}"])
+    return run_id if len(run_id) <= MAX_ID_CHARACTERS else f"{prefix}-{digest(values)}-seed_{seed}"
+
+
+def digest(content: Any) -> str:
+    """Eight characters that tell apart what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
