@@ -137,9 +137,10 @@ def test_classifier_tells_different_sets_and_only_the_kernel_sees_pairs():
     assert accuracy(even, odd, "linear") < 0.6
 
 
-def test_classifier_gets_as_many_rows_of_either_side():
-    right = classifier_two_sample(correlated(40, even=True), correlated(25, even=False), "kernel", seed=0)
-    assert [tuple(part.shape) for part in right] == [(25,), (25,)]
+@pytest.mark.parametrize("sizes", [(40, 25), (25, 40)])
+def test_classifier_gets_as_many_rows_of_either_side(sizes):
+    even, odd = correlated(sizes[0], even=True), correlated(sizes[1], even=False)
+    assert [tuple(part.shape) for part in classifier_two_sample(even, odd, "kernel", seed=0)] == [(25,), (25,)]
 
 
 @pytest.mark.parametrize("at_once", [2**24, 10])
