@@ -176,7 +176,24 @@ def test_when_memory_runs_out_the_block_is_halved_and_every_timestep_is_trained(
     assert caplog.text.count("out of memory: the timesteps from 1 on are trained in blocks of") == 2
 
 
-def test_a_halved_block_goes_on_as_if_it_had_been_that_small_from_the_start(tmp_path, monkeypatch):
+def test_a_block_that_is_halved_in_its_first_step_trains_as_if_it_had_been_that_small(tmp_path, monkeypatch):
+    config, data, small = digits_run(tmp_path, timesteps=4, block_size=2)
+    drive(config, data, small)
+    config, data, state = digits_run(tmp_path, timesteps=4)
+    original = training._update_chain
+
+    def fails(*arguments):
+        if arguments[5] - arguments[4] == 4:
+            torch.rand(7)  # what was drawn before it failed is not drawn again
+            raise OUT_OF_MEMORY
+        original(*arguments)
+
+    monkeypatch.setattr(training, "_update_chain", fails)
+    drive(config, data, state)
+    assert_identical(tensors(state), tensors(small))
+
+
+def test_a_halved_block_goes_on_from_where_it_is(tmp_path, monkeypatch):
     """Adam's moments, weights and chains of its first half stay; with sgd and pcd the failed try may have moved chains."""
     choices = {"timesteps": 4, "epochs_per_timestep": 2, "negative_phase": "cd"}
     config, data, small = digits_run(tmp_path, **choices, block_size=2)
