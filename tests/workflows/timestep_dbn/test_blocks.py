@@ -24,6 +24,7 @@ from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn import training
 from trainbook.workflows.timestep_dbn.blocks import USED_SHARE, Blocks, block_allocations, largest_block
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep
 from trainbook.workflows.timestep_dbn.config import Config
 
 SIZES = [128, 64, 32]
@@ -147,23 +148,31 @@ def test_one_timestep_that_does_not_fit_ends_the_run_with_a_remedy():
         Blocks(config, chain_of(config), 100, True, 10**12).halve(1)
 
 
+PLACES = {  # where memory runs out, and which argument is the first timestep
+    "step": (ChainStep, "__call__", 3),
+    "metrics": (training, "_epoch_metrics", 4),
+    "gradients": (training, "rbm_views", 1),
+}
+
+
 def limited(monkeypatch, timesteps: int, calls: list[int], place: str) -> None:
     """Let memory suffice for so many timesteps at once, and note what was tried."""
-    original = getattr(training, place)
+    owner, name, first = PLACES[place]
+    original = getattr(owner, name)
 
     def fails(*arguments, **others):
         result = original(*arguments, **others)
-        start, stop = (arguments[4:6]) if place in ("_update_chain", "_epoch_metrics") else arguments[1:3]
+        start, stop = arguments[first : first + 2]
         if stop - start > timesteps:
             calls.append(stop - start)
             raise OUT_OF_MEMORY
         return result
 
-    monkeypatch.setattr(training, place, fails)
+    monkeypatch.setattr(owner, name, fails)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("place", ["_update_chain", "_epoch_metrics", "rbm_views"])
+@pytest.mark.parametrize("place", PLACES)
 def test_when_memory_runs_out_the_block_is_halved_and_every_timestep_is_trained(place, optimizer, tmp_path, monkeypatch, caplog):
     config, data, state = digits_run(tmp_path, timesteps=7, optimizer=optimizer, learning_rate=1e-3)
     calls: list[int] = []
@@ -180,15 +189,15 @@ def test_a_block_that_is_halved_in_its_first_step_trains_as_if_it_had_been_that_
     config, data, small = digits_run(tmp_path, timesteps=4, block_size=2)
     drive(config, data, small)
     config, data, state = digits_run(tmp_path, timesteps=4)
-    original = training._update_chain
+    original = ChainStep.__call__
 
     def fails(*arguments):
-        if arguments[5] - arguments[4] == 4:
+        if arguments[4] - arguments[3] == 4:
             torch.rand(7)  # what was drawn before it failed is not drawn again
             raise OUT_OF_MEMORY
         original(*arguments)
 
-    monkeypatch.setattr(training, "_update_chain", fails)
+    monkeypatch.setattr(ChainStep, "__call__", fails)
     drive(config, data, state)
     assert_identical(tensors(state), tensors(small))
 

@@ -24,12 +24,13 @@ from tests.workflows.timestep_dbn.runs import bits_data, bits_state, drive
 from trainbook.errors import UserError
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.depth import Depth, Layer, deep_factors, deep_reverse_step, top_factor
 from trainbook.workflows.timestep_dbn.depth_training import LayerStage, layer_views
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.later_stages import later_keepers
 from trainbook.workflows.timestep_dbn.likelihood import Annealing, Factor, bracket
-from trainbook.workflows.timestep_dbn.rbm import Block, Update
+from trainbook.workflows.timestep_dbn.rbm import Block
 
 SIZES = [4, 3, 3]
 

@@ -18,6 +18,7 @@ from trainbook.seeding import seed_step
 from trainbook.workflows.timestep_dbn import training
 from trainbook.workflows.timestep_dbn.autoencoder import encode_all
 from trainbook.workflows.timestep_dbn.chain import diffuse
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.validation import chain_values, same_numbers
@@ -159,8 +160,8 @@ def stopping_run(tmp_path, **choices):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_stopped_timesteps_cost_nothing_and_keep_their_best_weights(tmp_path, monkeypatch, optimizer):
-    stepped, original = [], training._update_chain
-    monkeypatch.setattr(training, "_update_chain", lambda *a: (stepped.append(a[4:6]), original(*a)))
+    stepped, original = [], ChainStep.__call__
+    monkeypatch.setattr(ChainStep, "__call__", lambda *a: (stepped.append(a[3:5]), original(*a)))
     config, data, state = stopping_run(tmp_path, optimizer=optimizer)
     drive(config, data, state, 4)
     records, likelihoods, weights, kept = training.train(config, data, state), [], [], []

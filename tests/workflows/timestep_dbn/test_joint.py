@@ -21,6 +21,7 @@ from tests.workflows.timestep_dbn.enumeration import (
 from trainbook.errors import UserError
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.joint import (
     JointDBN,
@@ -30,7 +31,7 @@ from trainbook.workflows.timestep_dbn.joint import (
     joint_factors,
     joint_reverse_step,
 )
-from trainbook.workflows.timestep_dbn.rbm import Update, sample_bits
+from trainbook.workflows.timestep_dbn.rbm import sample_bits
 
 BITS, HIDDEN = [2, 2, 1], [3, 2, 2]  # 3 + 2 + 2 hidden units as `random_dbn` has them: 4096 states of all units
 

@@ -13,12 +13,13 @@ from trainbook.workflows.timestep_dbn.autocorrelation import settle_sweeps
 from trainbook.workflows.timestep_dbn.blocks import METRIC_ROWS
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.depth import Depth, Layer, deep_factors
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.optimizers import rbm_views
 from trainbook.workflows.timestep_dbn.phases import add_phases
-from trainbook.workflows.timestep_dbn.rbm import Update, log_pseudo_likelihood, sample_bits
+from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood, sample_bits
 from trainbook.workflows.timestep_dbn.validation import same_numbers
 
 METRIC_UNITS = 64  # units per level that the per-epoch pseudo-likelihood looks at

@@ -22,11 +22,12 @@ from trainbook.workflows.timestep_dbn.autocorrelation import settle_sweeps
 from trainbook.workflows.timestep_dbn.blocks import METRIC_ROWS
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields, posterior_entropy
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
 from trainbook.workflows.timestep_dbn.likelihood import Factor, Factors
 from trainbook.workflows.timestep_dbn.optimizers import rbm_views
 from trainbook.workflows.timestep_dbn.phases import add_phases
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, log_pseudo_likelihood, sample_bits
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, log_pseudo_likelihood, sample_bits
 from trainbook.workflows.timestep_dbn.validation import same_numbers
 
 MEAN_FIELD_SWEEPS = 10

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from trainbook.data import Batches
-from trainbook.optim import learning_rate
 from trainbook.records import Record
+from trainbook.schedule import learning_rate
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.contrastive import Update
 from trainbook.workflows.timestep_dbn.depth import Depth
 from trainbook.workflows.timestep_dbn.depth_training import LayerStage, layer_views
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.joint import JointDBN, JointStage
 from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_adam, rbm_update
-from trainbook.workflows.timestep_dbn.rbm import Update
 
 DEPTH, JOINT = "depth", "joint"  # names of modules; JOINT is also the stage's and its optimizer's
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainbook.layers import blend_, product
-from trainbook.workflows.timestep_dbn.rbm import Update
+from trainbook.workflows.timestep_dbn.contrastive import Update
 
 Pair = tuple[Tensor, Tensor]
 
