@@ -54,7 +54,7 @@ def exact_bias(config: Config, dbn: TimestepDBN, clean: Tensor, start: Tensor) -
 @pytest.mark.parametrize("negative_phase", ["pcd", "recovery", "cd"])
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_the_measured_bias_is_that_of_the_enumerated_kernel(negative_phase, sweeps):
-    rows = 4096
+    rows = 16384
     torch.manual_seed(7)  # of which every start gives another bias
     dbn, config = random_dbn([3, 2, 2], 1, scale=2.5, context="bits", noisy_context=False, batch_size=64,
                              negative_phase=negative_phase, gibbs_sweeps=sweeps)  # fmt: skip
