@@ -101,8 +101,12 @@ def test_files_with_another_checksum_are_not_used(what, where, original, tmp_pat
     if where == "data folder":
         place.rename(tmp_path / "data")
         runtime = runtime_of(tmp_path)
-    with pytest.raises(UserError, match=r"cannot get CIFAR-10(?s:.*)TRAINBOOK_INPUTS"):
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"cannot get CIFAR-10(?s:.*)TRAINBOOK_INPUTS") as told:
         load_data(CONFIG, runtime)
+    if where == "inputs":
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+        assert ("network" in str(told.value)) is (what == "archive")  # nothing is downloaded into an input
 
 
 def test_without_network_and_files_the_remedy_is_told(original, tmp_path):

@@ -58,6 +58,7 @@ def test_bits_that_the_biases_decide_are_counted_and_stall_the_chain():
     found = measured(block(visible_bias=torch.tensor([-12.0, 11.0, -11.0, 30.0, 0.0, 9.0])))
     assert found["visible_saturation"].tolist() == pytest.approx([4 / 6] * 2)
     assert measured(block(visible_bias=30.0))["chain_mobility"].tolist() == [0, 0]
+    assert measured(block(), coupling=20.0)["visible_saturation"].tolist() == [0, 0]  # what the noisy bits decide is no fault
 
 
 def test_strong_weights_freeze_a_chain():

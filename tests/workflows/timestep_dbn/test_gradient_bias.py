@@ -52,19 +52,22 @@ def exact_bias(config: Config, dbn: TimestepDBN, clean: Tensor, start: Tensor) -
 
 
 @pytest.mark.parametrize("negative_phase", ["pcd", "recovery", "cd"])
-@pytest.mark.parametrize("sweeps", [1, 4])
+@pytest.mark.parametrize("sweeps", [1, 2])
 def test_the_measured_bias_is_that_of_the_enumerated_kernel(negative_phase, sweeps):
-    rows = 4096
-    dbn, config = random_dbn([3, 2, 2], 1, scale=1.5, context="bits", noisy_context=False, batch_size=rows,
+    rows = 16384
+    torch.manual_seed(7)  # of which every start gives another bias
+    dbn, config = random_dbn([3, 2, 2], 1, scale=2.5, context="bits", noisy_context=False, batch_size=64,
                              negative_phase=negative_phase, gibbs_sweeps=sweeps)  # fmt: skip
     for level in dbn.levels:
         level.context_weight.data.zero_()
-        level.chains = torch.ones_like(level.chains)  # far from the model, so that one sweep is not enough
-    clean = torch.tensor([[1.0, 0, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0]])
-    codes = clean.repeat(rows // 2, 1)
+        level.chains = torch.ones(1, rows, level.chains.shape[2])
+    config = config.model_copy(update={"batch_size": rows})
+    clean = torch.zeros(1, 7)
+    codes = clean.repeat(rows, 1)
     measured = negative_phase_bias(config, dbn, list(codes.split(dbn.level_sizes, 1)), flip_schedule(1, "cosine").to("cpu"), 40)
-    exact = exact_bias(config, dbn, clean.to(DOUBLE), torch.ones(2, 7, dtype=DOUBLE))
-    assert measured == pytest.approx(exact, rel=0.15, abs=0.012)
+    exact = exact_bias(config, dbn, clean.to(DOUBLE), torch.ones(1, 7, dtype=DOUBLE))
+    assert exact > 0.04
+    assert measured == pytest.approx(exact, rel=0.1)
 
 
 def test_more_sweeps_leave_less_bias_and_it_comes_from_more_than_one_part_of_the_timesteps():
