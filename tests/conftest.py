@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 
 # One thread per process: pytest runs on every core already, and two OpenMP pools on two cores wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,9 @@ import torch
 from trainbook import runtime
 
 torch.set_num_threads(1)
+
+# A shell that starts the suite with & has it ignore Ctrl-C, and what a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
-    {"errors"},
+    {"errors", "devices"},
     {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals"},
-    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab"},
+    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
         "data",

@@ -306,6 +306,44 @@ def test_a_box_folder_is_complete_checked_and_the_same_each_time(tmp_path):
     assert contents[0]["requirements.txt"].decode().split() == stated
 
 
+def test_files_that_the_config_names_are_taken_along_under_the_same_path(tmp_path):
+    Path("mine/weights").mkdir(parents=True)
+    Path("mine/images.npz").write_bytes(b"images")
+    Path("mine/weights/dbn.safetensors").write_bytes(b"weights")
+    named = {"dataset": "file", "data_file": "mine/images.npz", "initial_weights": "mine/weights"}
+    spec = SPEC.model_copy(update={"overrides": named})
+    box = bundles.build_box(spec, tmp_path / "box")
+    assert (box / "mine/images.npz").read_bytes() == b"images"
+    assert (box / "mine/weights/dbn.safetensors").read_bytes() == b"weights"
+    assert RunSpec.read(box / "run.toml").config() == spec.config()
+    (box / "mine/images.npz").write_bytes(b"broken")
+    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=box, capture_output=True, text=True)
+    assert "mine/images.npz: FAILED" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [("gone.npz", "no such file"), ("../images.npz", "not be found on the box"), ("{here}", "not be found")],
+)
+def test_a_file_that_cannot_be_taken_along_is_said_before_a_box_is_paid_for(path, complaint, tmp_path):
+    here = tmp_path.parent / "images.npz"
+    here.write_bytes(b"images")
+    spec = SPEC.model_copy(update={"overrides": {"dataset": "file", "data_file": path.format(here=here)}})
+    with pytest.raises(UserError, match=complaint):
+        bundles.build_box(spec, tmp_path / "box")
+    assert not (tmp_path / "box").exists()
+
+
+def test_a_notebook_names_files_of_its_platform_only(tmp_path):
+    (tmp_path / "images.npz").write_bytes(b"images")
+    for path in ("images.npz", str(tmp_path / "images.npz")):
+        spec = SPEC.model_copy(update={"overrides": {"dataset": "file", "data_file": path}})
+        with pytest.raises(UserError, match=r"upload it to a Kaggle data set and give the path it has there, /kaggle/input"):
+            bundles.build_notebook("kaggle", spec)
+    there = SPEC.model_copy(update={"overrides": {"dataset": "file", "data_file": "/kaggle/input/mine/images.npz"}})
+    assert b"/kaggle/input/mine/images.npz" in bundles.build_notebook("kaggle", there)
+
+
 def test_the_command_writes_each_kind_without_torch(tmp_path, capsys):
     for platform in ("kaggle", "colab", "vastai"):
         assert main(["bundle", platform, "timestep_dbn", "--preset", "smoke", "--timesteps", "4", "--run-id", "mine"]) == 0

@@ -12,6 +12,7 @@ from trainbook import engine as engine_module
 from trainbook.engine import Engine
 from trainbook.errors import RunFailed
 from trainbook.files import read_lines
+from trainbook.monitor import stage_seconds
 from trainbook.records import Record, RunFolder
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState
@@ -203,3 +204,23 @@ def test_steps_that_count_no_examples_have_no_rate_of_them(tmp_path):
     readings = list(read_lines(engine.folder.system))
     assert readings
     assert all("examples_per_second" not in reading for reading in readings)
+
+
+def test_time_of_a_stage_ends_with_it(tmp_path, monkeypatch):
+    engine, state = make(tmp_path)
+    clock = [100.0]
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def of_two_stages():
+        while state.step < state.total_steps:
+            state.stage = "first" if state.step < 7 else "second"
+            state.step += 1
+            clock[0] += 1.0 if state.stage == "first" else 3.0
+            yield Record({"loss": 0.5}, milestone=state.step in (7, state.total_steps))
+
+    state.step = 2  # an earlier session's
+    engine.follow(of_two_stages(), state)
+    state.step = 8
+    clock[0] += 1000.0  # between the sessions nothing is trained
+    engine.follow(of_two_stages(), state)
+    assert stage_seconds(read_lines(engine.folder.system)) == {"first": 5.0, "second": 3.0 * 3 + 3.0 * 2}

@@ -436,7 +436,7 @@ def test_a_run_is_pushed_followed_pulled_and_judged(one_session, uninterrupted):
     desk, code, output, _ = one_session
     assert code == 0
     assert "28.0 h left of 30 h a week" in output
-    for line in ("running", "Executing Cell 1-", "complete: all steps done and evaluated"):
+    for line in ("running", "Executing Cell 1-", "complete: all steps done; evaluated"):
         assert line in output
     assert output.index("quota") < output.index("session 1, version 1")
     assert [session.status for session in desk.sessions] == ["COMPLETE"]

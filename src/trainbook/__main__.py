@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         return _run_spec(options.spec, options.name)
     if not options.name:
         raise UserError("run what?", "`trainbook run NAME` or `trainbook run --spec run.toml`")
-    return execute(options.name, options.preset, _overrides(options), options.run_id, options.authentic)
+    return execute(options.name, options.preset, _overrides(options), options.run_id, _is_authentic(options))
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -111,7 +111,7 @@ def sweep(options: argparse.Namespace) -> int:
     if "seed" in given and options.sweep_seeds:
         raise UserError("--seed and --seeds both say the seed", "give one of the two")
     planned = sweeping.plan(
-        options.name, options.preset, _overrides(options), fields, options.sweep_seeds, options.authentic, options.sweep_id
+        options.name, options.preset, _overrides(options), fields, options.sweep_seeds, _is_authentic(options), options.sweep_id
     )
     return sweeping.run(planned, options.sweep_metrics)
 
@@ -121,6 +121,7 @@ def bundle(options: argparse.Namespace) -> int:
     from trainbook import bundles
 
     given = {name: value for name, value in vars(options).items() if name in RunSpec.model_fields and name != "workflow"}
+    given["authentic"] = _is_authentic(options)
     fields = catalog.load(options.name).Config.model_fields
     overrides = {name: value for name, value in vars(options).items() if name in fields}
     spec = RunSpec(workflow=options.name, overrides=overrides, **given)
@@ -243,6 +244,8 @@ def _export(options: argparse.Namespace) -> None:
     for name in ("time_budget", "checkpoint_every"):
         if given[name]:
             runtime.parse_duration(given[name])
+    if given["memory_limit"]:
+        runtime.parse_bytes(given["memory_limit"])
     runtime.export(**given)
 
 
@@ -311,7 +314,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         for workflow in _workflows():
             one = bundled.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
             one.add_argument("--out", default="dist", help="folder to write to (default dist)")
-            one.add_argument("--authentic", action="store_true", help=RunSpec.model_fields["authentic"].description)
+            _add_authentic(one)
             elsewhere = ("workflow", "overrides", "authentic")
             _add_fields(one, {name: field for name, field in RunSpec.model_fields.items() if name not in elsewhere})
             _add_fields(one, workflow.Config.model_fields)
@@ -336,11 +339,7 @@ def _add_run(parser: argparse.ArgumentParser, workflow: catalog.Workflow) -> Non
         default=DEFAULT_PRESET,
         help=f"one of {', '.join(workflow.Config.PRESETS)} (default {DEFAULT_PRESET})",
     )
-    parser.add_argument(
-        "--authentic",
-        action="store_true",
-        help="refuse synthetic data, data without a checksum and a changed kit",
-    )
+    _add_authentic(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a training brief in YAML; options given here win")
     _add_runtime(parser)
     _add_processes(parser)
@@ -368,10 +367,40 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep-id", default="", help="begins the names of its folders (default: from what is swept)")
 
 
+def _add_authentic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--authentic",
+        "--authentic-mode",
+        nargs="?",
+        type=_true_or_false,
+        const=True,
+        metavar="true|false",
+        help=f"{RunSpec.model_fields['authentic'].description} false is for smoke runs, and is written on all they make.",
+    )
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _is_authentic(options: argparse.Namespace) -> bool:
+    """What --authentic says; it trains the same either way, but who says false wants no more than to try it out."""
+    preset = getattr(options, "preset", DEFAULT_PRESET)
+    if options.authentic is False and preset != "smoke":
+        raise UserError(
+            f"--authentic false is for smoke runs, not for preset {preset}",
+            "use --preset smoke; or leave the option out: nothing is refused then, and all outputs say that nothing was checked",
+        )
+    return bool(options.authentic)
+
+
 def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
     parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
     parser.add_argument("--mirror", help="an existing folder, such as a network share, to copy the run to while it trains")
+    parser.add_argument("--memory-limit", help="count on so much of the device's free memory, such as 12GB, instead of all")
     parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from trainbook import distributed
 from trainbook.acceleration import allow_tf32, apply_variant, fastest_variant, variant_table
 from trainbook.buffers import keep_buffers
-from trainbook.errors import UserError
+from trainbook.errors import UserError, is_out_of_memory
 from trainbook.losses import widened
 from trainbook.optimization import OptimizationConfig
 from trainbook.pipeline import Pipeline
@@ -142,9 +142,7 @@ class Accumulator:
             )
 
     def _could_use_less(self, error: RuntimeError, batch: Any) -> bool:
-        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, of torch on a CPU, of cuBLAS and cuDNN
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
-        return out_of_memory and self.accumulation < batch_size(batch)
+        return is_out_of_memory(error) and self.accumulation < batch_size(batch)
 
     def _use_less_memory(self, step: int) -> None:
         self._optimizer.zero_grad()

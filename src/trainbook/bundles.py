@@ -33,6 +33,10 @@ LINE_CHARACTERS = 20_000
 MAX_NOTEBOOK_BYTES = 900_000  # Kaggle refuses a source of 1 MB
 CHECKSUMS_FILE, SPEC_FILE, REQUIREMENTS_FILE = "SHA256SUMS", "run.toml", "requirements.txt"
 
+STORES = {
+    "kaggle": "a Kaggle data set and give the path it has there, /kaggle/input/...",
+    "colab": "Drive and give the path it has there, /content/drive/MyDrive/...",
+}
 KAGGLE_ACCELERATORS = {"": "nvidiaTeslaT4", "T4": "nvidiaTeslaT4", "cpu": "none"}  # a T4 there means two of them
 
 # The notebook's own text for the two lines that differ between kits; the rest of the cell is bootstrap.py.
@@ -113,6 +117,11 @@ def build_notebook(platform: str, spec: RunSpec, carry_kit: bool = True) -> byte
     """
     if platform not in ("kaggle", "colab"):
         raise UserError(f"there is no notebook for {platform!r}", "choose kaggle or colab; a box takes `build_box`")
+    for name, path in _files_here(spec):
+        raise UserError(
+            f"{name} = {str(path)!r} lies here, and a notebook carries no files",
+            f"upload it to {STORES[platform]}",
+        )
     notebook = _notebook(spec)
     content = kit_of(spec)
     text = base64.b64encode(bz2.compress(content)).decode()
@@ -160,25 +169,51 @@ def build_box(spec: RunSpec, out: Path) -> Path:
     """Write the folder that a box with ssh needs, and return it.
 
     It holds the wheel, the notebook, run.toml (with a run id), requirements.txt (plain names, so that pip leaves the
-    versions of the box's image alone) and SHA256SUMS over all of them. On the box, in that folder:
-    `pip install --no-deps *.whl`, `pip install -r requirements.txt`, `trainbook run --spec run.toml`.
+    versions of the box's image alone), the files that the config names, and SHA256SUMS over all of them. On the box, in
+    that folder: `pip install --no-deps *.whl`, `pip install -r requirements.txt`, `trainbook run --spec run.toml`.
 
     Args:
         spec: what to run.
         out: the folder; files of these names in it are replaced.
 
     Raises:
-        UserError: when an authentic run of a changed kit is asked for.
+        UserError: when an authentic run of a changed kit is asked for, or a file that the config names cannot be taken along.
     """
     spec = spec.named()
     source = catalog.load(spec.workflow).notebook
+    taken = _take_along(spec, out)
     built = build_wheel(out, check_unchanged() if spec.authentic else "")
     shutil.copyfile(source, out / source.name)
     spec.write(out / SPEC_FILE)
     (out / REQUIREMENTS_FILE).write_text("\n".join(requirement_names()) + "\n")
-    names = sorted([built.name, source.name, SPEC_FILE, REQUIREMENTS_FILE])
+    names = sorted([built.name, source.name, SPEC_FILE, REQUIREMENTS_FILE, *taken])
     (out / CHECKSUMS_FILE).write_text("".join(f"{file_sha256(out / name)}  {name}\n" for name in names))
     return out
+
+
+def _files_here(spec: RunSpec) -> list[tuple[str, Path]]:
+    """The config's fields that name a file or folder of this machine; an absolute path that is not here is the other's."""
+    config = spec.config()
+    paths = [(name, Path(getattr(config, name))) for name in config.FILE_FIELDS if getattr(config, name)]
+    return [(name, path) for name, path in paths if path.exists() or not path.is_absolute()]
+
+
+def _take_along(spec: RunSpec, out: Path) -> list[str]:
+    """Copy what the config names under the same relative path, so that the config stays the same; returns the files' names."""
+    names = []
+    for name, path in _files_here(spec):
+        if not path.exists():
+            raise UserError(f"{name} = {str(path)!r}: there is no such file here to take along", "give its path from this folder")
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(
+                f"{name} = {str(path)!r} would not be found on the box",
+                "start from the folder that holds it and give its path from there: it is taken along",
+            )
+        for file in [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file()):
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / file)
+            names.append(file.as_posix())
+    return names
 
 
 def requirement_names() -> list[str]:

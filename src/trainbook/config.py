@@ -27,6 +27,9 @@ class BaseConfig(BaseModel):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}, "laptop": {}, "full": {}}
     DATA_PARALLEL: ClassVar[bool] = False  # whether several processes can share a batch of this workflow
     BRIEF_NAMES: ClassVar[dict[str, str]] = {}  # what the training brief calls a field, to the field
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = ("initial_weights",)  # name files or folders that travel with a run
+    MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {}  # a field that names a file with one module's weights, to the
+    # module and to what to do about a file that does not fit
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of every random number of the run."""
@@ -63,6 +66,14 @@ class BaseConfig(BaseModel):
     def sha256(self) -> str:
         """SHA-256 of the config's canonical JSON: equal configs, equal digests."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def options(self, preset: str) -> list[str]:
+        """The command line's options that make this config of a preset, such as ["--timesteps", "50"]."""
+        words = []
+        for name, value in self:
+            if value != getattr(type(self).from_preset(preset), name):
+                words += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return words
 
     def rows(self, preset: str = "") -> list[list[str]]:
         """Table rows: field, value, what `preset` sets if that differs, allowed values, meaning."""

@@ -9,19 +9,27 @@ from importlib import metadata
 import psutil
 from packaging.version import Version
 
+from trainbook.devices import KERNELS_REMEDY, kernels_missing
 from trainbook.errors import UserError
 from trainbook.runtime import detect, runs_folder
 
 GIGABYTE = 1e9
 MIN_FREE_DISK, MIN_FREE_MEMORY = 2 * GIGABYTE, 2 * GIGABYTE
+AMPLE_GPU_MEMORY = 15 * GIGABYTE  # a card sold as 16 GB shows a little less
 OLDEST, NEWEST = (3, 11), (3, 13)
 # The oldest and the first too new version of what the kit imports; requirements.txt holds the same ranges.
 PACKAGES = {
     "torch": ("2.10", "2.16"),
     "torchvision": ("0.25", "0.31"),
     "transformers": ("5", "6"),
+    "numpy": ("2.0", "3"),
+    "pydantic": ("2.10", "3"),
+    "safetensors": ("0.5", "1"),
+    "nvidia-ml-py": ("12", "14"),
+    "tqdm": ("4.66", "5"),
     "ipywidgets": ("7.7.1", "9"),
 }
+MODULES = {"nvidia-ml-py": "pynvml"}  # the module of a package that is called otherwise
 
 
 @dataclass(frozen=True)
@@ -50,31 +58,6 @@ def examine() -> list[Finding]:
     ]
 
 
-def kernels_missing(capability: tuple[int, int], architectures: list[str]) -> str:
-    """Why a wheel cannot run on a device, or "" when it can.
-
-    A wheel holds binary kernels (sm_XY, which also run on later minor versions of the same major one) and maybe
-    portable code (compute_XY, which the driver translates for any later device).
-
-    Args:
-        capability: of the device, (major, minor).
-        architectures: from `torch.cuda.get_arch_list()`.
-    """
-    numbers = [
-        (kind, int(digits[:-1]), int(digits[-1])) for kind, digits in (_split_architecture(name) for name in architectures)
-    ]
-    binary = any(kind == "sm" and major == capability[0] and minor <= capability[1] for kind, major, minor in numbers)
-    portable = any(kind == "compute" and (major, minor) <= capability for kind, major, minor in numbers)
-    if binary or portable:
-        return ""
-    return f"compute capability {capability[0]}.{capability[1]}, but this torch has kernels for {', '.join(architectures)} only"
-
-
-def _split_architecture(name: str) -> tuple[str, str]:
-    kind, _, digits = name.partition("_")
-    return kind, "".join(character for character in digits if character.isdigit())  # sm_90a counts as 9.0
-
-
 def _python() -> Finding:
     found = ".".join(str(part) for part in sys.version_info[:3])
     return Finding(
@@ -89,7 +72,7 @@ def _package(name: str, oldest: str, too_new: str) -> Finding:
     remedy = f"pip install '{name}>={oldest},<{too_new}'"
     try:
         version = metadata.version(name)
-        importlib.import_module(name)
+        importlib.import_module(MODULES.get(name, name))
     except metadata.PackageNotFoundError:
         return Finding(name, "not installed", False, remedy)
     except Exception as error:
@@ -108,10 +91,11 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         reason = kernels_missing(torch.cuda.get_device_capability(index), torch.cuda.get_arch_list())
-        found = f"{properties.name}, {properties.total_memory / GIGABYTE:.0f} GB" + (f": {reason}" if reason else "")
-        # Only the CUDA 12.6 wheels still hold kernels for Pascal (6.x) and Volta (7.0): P100, V100.
-        remedy = "install the CUDA 12.6 build of torch and torchvision (the cu126 channel on pytorch.org), or take a T4 or newer"
-        findings.append(Finding(f"GPU {index}", found, not reason, remedy))
+        memory = f"{properties.total_memory / GIGABYTE:.0f} GB"
+        if properties.total_memory < AMPLE_GPU_MEMORY:
+            memory += f" (under {AMPLE_GPU_MEMORY / GIGABYTE:.0f} GB, batches and blocks are cut until they fit)"
+        found = f"{properties.name}, {memory}, CUDA {torch.version.cuda}" + (f": {reason}" if reason else "")
+        findings.append(Finding(f"GPU {index}", found, not reason, KERNELS_REMEDY))
     return findings
 
 

@@ -85,6 +85,7 @@ class Engine:
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
         progress: show a progress bar.
+        origin: what every checkpoint says of where it comes from, plain JSON.
     """
 
     folder: RunFolder
@@ -94,10 +95,12 @@ class Engine:
     checkpoint_seconds: float = 60.0
     keep: int = 2
     progress: bool = True
+    origin: dict[str, Any] = field(default_factory=dict)
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
     _saving: Future | None = None
     _saving_step: int = 0
     _agree_at: int = 0
+    _hinted: set[str] = field(default_factory=set)
 
     def restore(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state`, cut the records back to it, and return its step (0 for none)."""
@@ -155,9 +158,10 @@ class Engine:
                 if save or now - flushed >= FLUSH_SECONDS:
                     values = self._flush(metrics, state, bar)
                     flushed = now
-                    if now - measured >= SYSTEM_SECONDS:
+                    if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
                         reading = session.reading(state.step, now)
-                        self._write(system, [json.dumps({"session": session.name, "step": state.step, **reading})])
+                        where = {"session": session.name, "stage": state.stage, "step": state.step}
+                        self._write(system, [json.dumps(where | reading)])
                         values.update({name: (state.step, value) for name, value in reading.items()})
                         measured = now
                     events.write(values)
@@ -214,6 +218,10 @@ class Engine:
         """Check and write the records since the last time; returns the numbers of the last one that had any."""
         lines, numbers = [], {}
         for step, stage, record in self._pending:
+            for kind, text in record.metrics.get("hints", {}).items():
+                if kind not in self._hinted:  # once a session; the records have it every time
+                    self._hinted.add(kind)
+                    logger.warning("hint at step %d, %s: %s", step, kind, text)
             values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in record.metrics.items()}
             bad = [name for name, value in values.items() if not _is_finite(value)]
             if bad:
@@ -254,7 +262,7 @@ class Engine:
         self._finish_saving()  # never two at once
         if distributed.rank() > 0 and not distributed.is_divided():
             return
-        files = snapshot(state, {"records_bytes": metrics.tell()})
+        files = snapshot(state, {"records_bytes": metrics.tell(), "origin": self.origin})
         if distributed.rank() > 0:
             return
         self._saving_step, self._saving = state.step, writer.submit(self._write_checkpoint, metrics, state.step, files)

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
@@ -59,3 +61,32 @@ def peak_memory_bytes(device: str) -> dict[str, int]:
 
         peaks["device"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def free_memory_bytes(device: str, limit: int | None = None) -> int:
+    """Memory that this process can still take on a device, or the limit where that is less."""
+    if device.startswith("cuda"):
+        import torch
+
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+    else:
+        free = psutil.virtual_memory().available
+    return free if limit is None else min(free, limit)
+
+
+def stage_seconds(readings: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that each stage of training took, over all sessions; steps that a resumed run took again count again.
+
+    Args:
+        readings: of the run folder's system.jsonl: session, stage and seconds since the session began. One is taken at each
+            stage's end.
+    """
+    total: dict[str, float] = defaultdict(float)
+    session, before = "", 0.0
+    for reading in readings:
+        if reading["session"] != session or reading["seconds"] < before:  # two may have begun in one second
+            session, before = reading["session"], 0.0
+        total[reading.get("stage", "training")] += reading["seconds"] - before
+        before = reading["seconds"]
+    return dict(total)

@@ -13,8 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
+from trainbook.comparison import STANDARD_ERROR, STANDARD_ERRORS
+
 DOTS_PER_INCH = 100
 MAX_CURVES = 12
+BARS_PER_ROW = 3  # panels
 VALID = "valid_"  # begins the name of what was measured on the validation split
 POINTS_BESIDE = 4  # between two lines with intervals at the same place
 MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 20  # in a picture of attention; tokens along an axis that carry their text
@@ -35,13 +38,14 @@ def new_figure(num_columns: int = 1, num_rows: int = 1, width: float = 4.2, heig
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
-def to_png(figure: Figure, footnote: str = "") -> bytes:
-    """The figure as PNG, with a small line of provenance below it."""
+def to_png(figure: Figure, footnote: str = "", description: str = "") -> bytes:
+    """The figure as PNG, with a small line of provenance below it, and all of it in the file's own text."""
     if footnote:
         figure.supxlabel(footnote, fontsize=7, color="0.45")
     buffer = io.BytesIO()
-    # Without metadata the same figure gives the same bytes, so a checksum can be verified.
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    # Without matplotlib's own metadata the same figure gives the same bytes, so a checksum can be verified.
+    metadata = {"Software": None} | ({"Description": description} if description else {})
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -97,17 +101,20 @@ def heatmap(
 
 
 def baseline_bars(metrics: dict[str, float], names: Sequence[str]) -> Figure:
-    """One panel per metric: a bar for everybody who has it, with its standard error where that was measured.
+    """One panel per metric: a bar for everybody who has it, with its 95 % interval where that was measured.
 
     Args:
-        metrics: "<who>/<metric>" to number; "<who>/<metric>_standard_error" gives the error bar.
+        metrics: "<who>/<metric>" to number; "<who>/<metric>_standard_error" gives the interval.
         names: the metrics to show.
     """
-    figure, axes = new_figure(len(names), width=4.6, height=2.6)
-    for panel, name in zip(axes[0], names, strict=True):
+    num_columns = min(BARS_PER_ROW, len(names))
+    figure, axes = new_figure(num_columns, math.ceil(len(names) / num_columns), width=4.6, height=2.6)
+    for panel in list(axes.flat)[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(axes.flat, names, strict=False):
         who = [key.rpartition("/")[0] for key in metrics if key.rpartition("/")[2] == name]
         values = [metrics[f"{one}/{name}"] for one in who]
-        errors = [metrics.get(f"{one}/{name}_standard_error", 0.0) for one in who]
+        errors = [STANDARD_ERRORS * metrics.get(f"{one}/{name}{STANDARD_ERROR}", 0.0) for one in who]
         positions = np.arange(len(who))[::-1]
         panel.barh(
             positions, values, xerr=errors if any(errors) else None, color=["#7fb3e6"] + ["0.8"] * (len(who) - 1), capsize=3
@@ -171,6 +178,19 @@ def schedules(rates: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure
         panel.plot(steps, values, linewidth=1.2)
         panel.set(title=f"{name.replace('_', ' ')}: learning rate", xlabel="step of the stage", ylim=(0, None))
         panel.grid(alpha=0.3)
+    return figure
+
+
+def phase_times(seconds: Mapping[str, float]) -> Figure:
+    """How long each phase of a run took: name to seconds."""
+    figure, axes = new_figure(width=6.0, height=0.9 + 0.32 * len(seconds))
+    positions = np.arange(len(seconds))[::-1]
+    axes[0, 0].barh(positions, list(seconds.values()), color="#7fb3e6")
+    for position, value in zip(positions, seconds.values(), strict=True):
+        text = f"{value:.1f} s, {value / max(sum(seconds.values()), 1e-9):.0%}"
+        axes[0, 0].annotate(text, (0, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes[0, 0].set_yticks(positions, [name.replace("_", " ") for name in seconds])
+    axes[0, 0].set(title="time per phase", xlabel="seconds")
     return figure
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger("trainbook")
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3, "running": 3}
 BAD_INPUT = 2
+EVALUATION = "evaluation"  # the stage of the last record that `draw` gets: the held-out metrics
 LOCK_ATTEMPTS = 50
 REVISION_FILE = "revision.txt"  # in the kit that a bundle carries
 
@@ -37,7 +38,8 @@ class Record:
     """What one training step has to say.
 
     Attributes:
-        metrics: name to number, tensor, or nested list of numbers; may be empty.
+        metrics: name to number, tensor, or nested list of numbers; may be empty. "hints" may name kinds of trouble, each
+            with a sentence on what to do: the engine logs a kind when it first comes, and the report lists them.
         milestone: True asks the engine for a checkpoint here (the end of a stage).
         examples: how many the step trained on, for the rate in examples per second; 0 when that means nothing.
     """

@@ -1,6 +1,8 @@
 """A run as a notebook sees it: start, load_data, build, train, evaluate, draw, finish, each one call."""
 
+import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +18,18 @@ from matplotlib.figure import Figure
 from trainbook import distributed, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
+from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
-from trainbook.data import Data, origin
+from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
-from trainbook.errors import UserError
+from trainbook.errors import UserError, is_out_of_memory
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
 from trainbook.mirror import Mirror
-from trainbook.monitor import peak_memory_bytes
+from trainbook.monitor import peak_memory_bytes, stage_seconds
 from trainbook.processes import train_in_processes
-from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
+from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
 from trainbook.state import TrainState, load_newest_checkpoint
@@ -37,6 +40,8 @@ logger = logging.getLogger("trainbook")
 
 # Beyond any training step, and different from each in the 32 bits of a seed that a CPU uses: streams of their own.
 EVALUATION_STEP, DRAWING_STEP = 2**32 - 2, 2**32 - 1
+# Of run.json, what every checkpoint and picture carries.
+ORIGIN = ("run_id", "command", "seed", "config_sha256", "authentic", "stamp", "data", "initial_weights", "provenance")
 
 
 def start(
@@ -50,7 +55,7 @@ def start(
 
     Args:
         workflow: a module of `trainbook.workflows`, or its name.
-        preset: smoke, laptop or full.
+        preset: a key of the config's `PRESETS`, such as smoke, laptop or full.
         overrides: field name to value, on top of the preset.
         run_id: name of the run folder. A folder of this very config is continued. Empty: continue the newest unfinished
             run of this config, or start a new one. What is not in the runs folder is looked for in the inputs.
@@ -127,6 +132,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.trained = False
         self._initial: dict[str, str] = {}
+        self._phase_seconds: dict[str, float] = {}
         mirrored = runtime.mirror_folder is not None and distributed.rank() == 0
         self._mirror = Mirror(folder, runtime.mirror_folder) if mirrored else None
         self._identity = identity(workflow.name, preset, config, authentic)
@@ -166,8 +172,8 @@ class Run:
         """Build modules and optimizers from the seed, and count the parameters."""
         seed_step(self.config.seed, 0)
         self.state = self.workflow.build(self.config, self.data, self.runtime)
-        if self.config.initial_weights and newest_whole(self.folder.checkpoints) is None:
-            self._initial = load_weights(self.state.modules, self.config.initial_weights, self.runtime.runs_folder)
+        if newest_whole(self.folder.checkpoints) is None:
+            self._load_initial_weights()
         if get_ipython() is not None and (rates := planned_rates(self.state)):
             show(Image(plots.to_png(plots.schedules(rates))))
         counts = self.state.num_parameters()
@@ -175,6 +181,14 @@ class Run:
             ["module", "parameters"],
             [*([name, f"{n:,}"] for name, n in counts.items()), ["total", f"{sum(counts.values()):,}"]],
         )
+
+    def _load_initial_weights(self) -> None:
+        modules, runs_folder = self.state.modules, self.runtime.runs_folder
+        if self.config.initial_weights:
+            self._initial = load_weights(modules, self.config.initial_weights, runs_folder)
+        for field, (name, remedy) in self.config.MODULE_FIELDS.items():
+            if source := getattr(self.config, field):
+                self._initial |= load_weights({name: modules[name]}, source, runs_folder, field, remedy)
 
     def train(self, checkpoint_seconds: float = 0.0, progress: bool = True) -> None:
         """Train from the newest checkpoint to the end, a stop request or the deadline; writes run.json.
@@ -227,12 +241,24 @@ class Run:
             checkpoint_seconds=checkpoint_seconds,
             keep=self.runtime.keep,
             progress=progress,
+            origin=self._origin(),
         )
         first = engine.restore(self.state)
         if first:
             logger.info("continuing %s at step %d of %d", self.run_id, first, self.state.total_steps)
         outcome = engine.follow(iter(self.workflow.train(self.config, self.data, self.state)), self.state)
         return replace(outcome, first_step=first, total_steps=self.state.total_steps)
+
+    def _origin(self) -> dict[str, Any]:
+        """What makes a checkpoint or a picture traceable, from run.json; {} in a process that has none."""
+        summary = self.folder.summary() if self.folder.run_json.exists() else {}
+        return {key: summary[key] for key in ORIGIN if key in summary}
+
+    def _stamp(self) -> list[str]:
+        """What everything that this run makes says of itself."""
+        real = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
+        checked = "authentic" if self.authentic else "authenticity not checked"
+        return [mark for mark in ("SMOKE RUN" if self.preset == "smoke" else "", checked, real) if mark]
 
     def _train_in_processes(self, checkpoint_seconds: float, progress: bool) -> Outcome:
         """Let other processes train, then take up what they reached."""
@@ -248,7 +274,7 @@ class Run:
         return outcome
 
     @contextmanager
-    def _segment_recorded(self) -> Iterator[None]:
+    def _segment_recorded(self, phase: str = "") -> Iterator[None]:
         """Add the time of the block to this segment; when it breaks, let run.json say failed (or stopped, by Ctrl-C) and why."""
         began = time.monotonic()
         try:
@@ -257,12 +283,14 @@ class Run:
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             if status == "failed":
                 logger.error("%s failed at step %d", self.run_id, self.state.step, exc_info=True)
-            self.summary.update(status=status, why=str(error) or type(error).__name__)
+            remedy = "; lower batch_size or the sizes of the model" if is_out_of_memory(error) else ""
+            self.summary.update(status=status, why=(str(error) or type(error).__name__) + remedy)
             raise
         finally:
-            self._segment.update(
-                ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + time.monotonic() - began
-            )
+            seconds = time.monotonic() - began
+            self._segment.update(ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + seconds)
+            if phase:
+                self._phase_seconds[phase] = seconds
             self._write_summary()
             if self.summary["status"] != "running":
                 self.leave()
@@ -304,6 +332,8 @@ class Run:
         self.summary = {
             **{key: self._identity[key] for key in ("workflow", "preset", "authentic")},
             "run_id": self.run_id,
+            "command": shlex.join(self._command()),
+            "stamp": self._stamp(),
             "status": "running",
             "why": "",
             "config_sha256": self._identity["config_sha256"],
@@ -315,6 +345,10 @@ class Run:
             "parameters": self.state.num_parameters(),
         }
         self._write_summary()
+
+    def _command(self) -> list[str]:
+        authentic = ["--authentic"] if self.authentic else []
+        return ["trainbook", "run", self.workflow.name, "--preset", self.preset, *self.config.options(self.preset), *authentic]
 
     def _write_summary(self) -> None:
         seconds = sum(segment["seconds"] for segment in self.summary["segments"])
@@ -339,13 +373,19 @@ class Run:
         if self._unfinished_because:
             return self._unfinished_because
         if not self._complete_already:
-            with self._segment_recorded():
+            with self._segment_recorded("evaluation"):
                 self.summary["metrics"] = self.measure()
             self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
-        compared = dict.fromkeys(t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str))
+        metrics = self.summary["metrics"]
+        compared = dict.fromkeys(
+            t.metric.rpartition("/")[2] for t in self.workflow.TARGETS if isinstance(t.value, str) and t.metric in metrics
+        )
         if compared:
-            self._show({"baselines": plots.baseline_bars(self.summary["metrics"], list(compared))})
+            self._show({"baselines": plots.baseline_bars(metrics, list(compared))})
+        for table in (baseline_table(metrics), report.series_table(metrics)):
+            if table is not None:
+                show(table)
         return report.verdict_table(self.summary["verdicts"])
 
     @property
@@ -374,16 +414,21 @@ class Run:
                 show(Image(filename=str(path)))
             return
         seed_step(self.config.seed, DRAWING_STEP)
-        with self._segment_recorded():
-            figures = self.workflow.draw(self.config, self.data, self.state, self.folder.history())
+        measured = {"step": self.state.step, "stage": EVALUATION, **self.summary.get("metrics", {})}
+        with self._segment_recorded("pictures"):
+            figures = self.workflow.draw(self.config, self.data, self.state, [*self.folder.history(), measured])
+        seconds = {**stage_seconds(read_lines(self.folder.system)), **self._phase_seconds}
+        figures["phase_times"] = plots.phase_times(seconds)
         self._show(figures)
 
     def _show(self, figures: dict[str, Figure]) -> None:
         self.folder.figures.mkdir(exist_ok=True)
+        revision = self.summary.get("provenance", {}).get("git")
         for name, figure in figures.items():
             path = self.folder.figures / f"{name}.png"
-            footnote = " · ".join(part for part in (self.run_id, f"step {self.state.step}", origin(self.data.synthetic)) if part)
-            png = plots.to_png(figure, footnote)
+            sources = [f"seed {self.config.seed}", f"kit {(revision or 'unknown')[:8]}", f"data {self.data.sha256[:8]}"]
+            footnote = " · ".join([self.run_id, f"step {self.state.step}", *sources, *self._stamp()])
+            png = plots.to_png(figure, footnote, json.dumps({**self._origin(), "step": self.state.step}))
             if not self._complete_already:  # a complete run's files stand in run.json with their checksums
                 path.write_bytes(png)
             show(Image(png))
@@ -404,7 +449,12 @@ class Run:
         return f"{self.summary.get('status', 'not trained')}: {self.folder.report}"
 
     def _export(self) -> None:
-        metadata = {"run_id": self.run_id, "config_sha256": self.config.sha256()}
+        metadata = {
+            "run_id": self.run_id,
+            "config_sha256": self.config.sha256(),
+            "config": self.config.model_dump_json(),
+            "stamp": ", ".join(self._stamp()),
+        }
         export_weights(self.state.modules, self.folder.export, metadata)
         write_json(self.folder.export / "config.json", self._identity)
 

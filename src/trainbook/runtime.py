@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainbook.devices import KERNELS_REMEDY, kernels_missing
 from trainbook.errors import UserError
 
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
@@ -21,7 +22,7 @@ TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", 
 PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRAINBOOK_WORKERS"
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
-MIRROR = "TRAINBOOK_MIRROR"
+MIRROR, MEMORY_LIMIT = "TRAINBOOK_MIRROR", "TRAINBOOK_MEMORY_LIMIT"
 DEADLINE = "TRAINBOOK_DEADLINE"  # `time.monotonic()` value, the same in all processes of a machine; for those that a run starts
 # The runtime's settings, as the command line and the training brief name them, and where a child process finds them.
 SETTINGS = {
@@ -39,6 +40,7 @@ SETTINGS = {
     "log_dir": LOG_DIR,
     "inputs": INPUTS,
     "mirror": MIRROR,
+    "memory_limit": MEMORY_LIMIT,
     "price_per_hour": PRICE,
 }
 ERROR_LOG = "errors.log"
@@ -68,6 +70,7 @@ class Runtime:
         workers: processes that read a data set too large for the device.
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
+        memory_limit: count on so many bytes of the device's free memory, or None for all of them.
         elsewhere: "checkpoints" and "logs" to a folder that shall hold them instead of the run folder.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
         mirror_folder: a folder that outlives the machine, to which runs are copied while they train, or None.
@@ -88,6 +91,7 @@ class Runtime:
     workers: int = 0
     checkpoint_seconds: float = 60.0
     keep: int = 2
+    memory_limit: int | None = None
     elsewhere: dict[str, Path] = field(default_factory=dict)
     input_folders: tuple[Path, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -147,6 +151,7 @@ def detect() -> Runtime:
         workers=_whole_number(WORKERS, 0, least=0),
         checkpoint_seconds=_checkpoint_seconds(),
         keep=_whole_number(KEEP, 2, least=1),
+        memory_limit=parse_bytes(os.environ[MEMORY_LIMIT]) if os.environ.get(MEMORY_LIMIT) else None,
         elsewhere=_elsewhere(),
         input_folders=_input_folders(where),
         reasons={
@@ -231,6 +236,18 @@ def parse_duration(text: str) -> float:
     return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as "500MB" or "12GB".
+
+    Raises:
+        UserError: when the text is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", text.strip())
+    if match is None:
+        raise UserError(f"{text!r} is not a size in memory", "write it like 500MB or 12GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
 def configure_logging(level: str, file: Path | None = None) -> None:
     """Send the kit's log to standard error from `level` up, all of it to `file`, and errors to errors.log beside that."""
     logger = logging.getLogger("trainbook")
@@ -277,6 +294,9 @@ def _device(wanted: str) -> tuple[str, str]:
     number = torch.cuda.device_count()
     if group_size() > 1 and name == f"cuda:{own}" and int(own) >= number:
         raise UserError(f"process {own} finds only {number} GPUs", f"use --processes {max(number, 1)}, or --device cpu")
+    if missing := _kernels_missing(name):
+        remedy = f"{KERNELS_REMEDY}; or train on the CPU: --device cpu. See 'CUDA and the card' in the workflow's README"
+        raise UserError(f"device {name}: {missing}", remedy)
     try:
         # is_available() is true where the wheel has no kernels for the card: only an operation tells.
         torch.ones(8, device=name).sum().item()
@@ -286,6 +306,20 @@ def _device(wanted: str) -> tuple[str, str]:
             return "cpu", f"a CUDA device is there but does not work ({reason}); `trainbook doctor` says why"
         raise UserError(f"device {wanted!r} does not work: {reason}", "run `trainbook doctor`, or use --device cpu") from None
     return name, "one real operation ran on it"
+
+
+def _kernels_missing(device: str) -> str:
+    import torch
+
+    try:
+        missing = kernels_missing(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+        return f"{torch.cuda.get_device_name(device)} has {missing}" if missing else ""
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ):  # no such card, or a driver that does not answer: the operation below tells
+        return ""
 
 
 def mixed_dtype(device: str) -> str:

@@ -1,4 +1,7 @@
-"""What the chain must beat: independent bits, one RBM of equal or of fitting size, a factorised logistic reverse step."""
+"""What the chain must beat: independent bits, one RBM of equal or of fitting size, a factorised logistic reverse step.
+
+The fifth, one network for all timesteps, is in `denoiser`.
+"""
 
 # T timesteps, B batch, V bits of all levels together
 
@@ -6,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip
-from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_partition, mean_log_weight, reverse_log_partition
+from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip, posterior_probability
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
 
 class LogisticChain(nn.Module):
@@ -25,6 +28,12 @@ class LogisticChain(nn.Module):
         self.weight = nn.Parameter(torch.zeros(timesteps, num_bits, num_bits))
         self.bias = nn.Parameter(torch.zeros(timesteps, num_bits))
 
+    @torch.no_grad()
+    def initialise(self, bit_mean: Tensor, schedule: FlipSchedule) -> None:
+        """Start as the reverse steps of independent bits with these means of z_0, (V,)."""
+        c = schedule.cumulative[:-1].unsqueeze(1)
+        self.bias.copy_(torch.logit((bit_mean * (1 - 2 * c) + c).clamp(0.02, 0.98)))
+
     def logits(self, noisy: Tensor, coupling: Tensor, start: int, stop: int) -> Tensor:
         """Log odds of z_{t-1} for t = start+1..stop; noisy (T, B, V), coupling (T,) -> (T, B, V)."""
         signs = 2 * noisy - 1
@@ -35,12 +44,12 @@ class LogisticChain(nn.Module):
         return self.negative_log_steps(clean, schedule)[0].mean() / clean.shape[1]
 
     def negative_log_steps(self, clean: Tensor, schedule: FlipSchedule) -> tuple[Tensor, Tensor]:
-        """-log p_t(z_{t-1} | z_t) of one drawn transition per timestep, (T, B) in nats, and the z_t it was drawn with."""
-        T = schedule.timesteps
-        previous = flip(clean.unsqueeze(0), schedule.cumulative[:-1].view(-1, 1, 1))
-        noisy = flip(previous, schedule.beta[1:].view(-1, 1, 1))
-        logits = self.logits(noisy, schedule.coupling[1:], 0, T)
-        return binary_cross_entropy_with_logits(logits, previous, reduction="none").sum(-1), noisy
+        """Mean of -log p_t(z_{t-1} | z_t) over q(z_{t-1} | z_t, z_0), (T, B) in nats, and the z_t, drawn from q(z_t | z_0)."""
+        noisy = flip(clean.unsqueeze(0), schedule.cumulative[1:].view(-1, 1, 1))
+        beta, previous = schedule.beta[1:].view(-1, 1, 1), schedule.cumulative[:-1].view(-1, 1, 1)
+        target = posterior_probability(noisy, clean, beta, previous)
+        logits = self.logits(noisy, schedule.coupling[1:], 0, schedule.timesteps)
+        return binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1), noisy
 
     @torch.no_grad()
     def reverse_step(self, noisy: Tensor, t: int, schedule: FlipSchedule) -> Tensor:
@@ -75,6 +84,19 @@ class IndependentBits(nn.Module):
         return torch.bernoulli(odds.sigmoid())
 
 
+@torch.no_grad()
+def rbm_reverse_step(rbm: ConditionalRBM, noisy: Tensor, t: int, schedule: FlipSchedule, sweeps: int) -> Tensor:
+    """Sample z_{t-1} given z_t with a plain RBM as the prior of z_0; (B, V) -> (B, V).
+
+    q(z_t | z_0) acts on z_0 as the field ln((1 - c_t) / c_t) (2 z_t - 1); Gibbs sweeps from z_t draw z_0, and
+    z_{t-1} follows from q(z_{t-1} | z_t, z_0).
+    """
+    field = (-torch.logit(schedule.cumulative[t]) * (2 * noisy - 1)).unsqueeze(0)
+    block = rbm.block(0, 1)
+    clean = block.gibbs(noisy.unsqueeze(0), block.context_bias(field[..., :0]), field, sweeps).squeeze(0)
+    return torch.bernoulli(posterior_probability(noisy, clean, schedule.beta[t], schedule.cumulative[t - 1]))
+
+
 # One RBM over the bits of all levels, T = 1: of the chain's size, and one of the width that did best on held-out digits
 # (64, 192 and 512 hidden units for 128 bits were tried; the chain's size is far too wide for so few images).
 RBM_BASELINES = ("monolithic_rbm", "small_rbm")
@@ -90,23 +112,3 @@ def monolithic_rbm(num_bits: int, num_parameters: int, num_chains: int) -> Condi
     """One RBM over the bits of all levels with about `num_parameters` parameters: the chain's size, T = 1, no condition."""
     hidden = max(1, round((num_parameters - num_bits) / (num_bits + 1)))
     return ConditionalRBM(1, num_bits, hidden, 0, num_chains)
-
-
-@torch.no_grad()
-def negative_log_likelihood(rbm: ConditionalRBM, bits: Tensor, temperatures: int, sweeps: int = 0) -> Tensor:
-    """-log p(z) = F(z) + log Z with log Z by annealed importance sampling; (B, V) -> (B,), in nats.
-
-    Args:
-        rbm: of one timestep, without condition.
-        bits: (B, V).
-        temperatures: of the annealing, with as many particles as there are bits' rows.
-        sweeps: as in `chain.bound`.
-    """
-    block, field = rbm.block(0, 1), torch.zeros_like(bits).unsqueeze(0)
-    bias = block.context_bias(field[..., :0])
-    if sweeps:
-        log_weights = reverse_log_partition(block, bias, field, temperatures, block.gibbs(bits.unsqueeze(0), bias, field, sweeps))
-        log_z = -mean_log_weight(-log_weights.squeeze(0))
-    else:
-        log_z = mean_log_weight(log_partition(block, bias, field, temperatures).squeeze())
-    return block.free_energy(bits.unsqueeze(0), bias).squeeze(0) + log_z

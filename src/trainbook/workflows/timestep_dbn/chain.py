@@ -1,4 +1,4 @@
-"""The chain of conditional RBMs: levels in context of each other, ancestral sampling, and the likelihood bound."""
+"""The chain of conditional RBMs: levels in context of each other, transitions, and ancestral sampling."""
 
 # T timesteps, B batch, V_l bits of level l, H_l hidden units of level l; level 0 is the finest
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, posterior_probability
-from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, log_partition, reverse_log_partition, sample_bits
-
-EVALUATION_ROWS = 8192  # (timestep, sample) pairs annealed at once: bounds memory
+from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, sample_bits
 
 
 class TimestepDBN(nn.Module):
@@ -35,6 +33,9 @@ class TimestepDBN(nn.Module):
             ConditionalRBM(config.timesteps, size, hidden, below + noisy, config.batch_size)
             for size, hidden, below in zip(level_sizes, config.hidden_units, coarser, strict=True)
         )
+        # Per timestep; chosen from the measured autocorrelation where the config does not say.
+        sweeps = config.sampling_sweeps or config.most_sampling_sweeps
+        self.register_buffer("sampling_sweeps", torch.full((config.timesteps,), sweeps))
 
     def blocks(self, start: int, stop: int) -> list[Block]:
         """Per level, the RBMs of the timestep indices start..stop-1 (index t - 1 undoes step t)."""
@@ -115,45 +116,6 @@ def reverse_step(dbn: TimestepDBN, noisy: Sequence[Tensor], t: int, schedule: Fl
         below = dbn.message(block, bits, bias)
         result.append(bits.squeeze(0))
     return result[::-1]
-
-
-@torch.no_grad()
-def bound(dbn: TimestepDBN, clean: Sequence[Tensor], schedule: FlipSchedule, temperatures: int, sweeps: int = 0) -> Tensor:
-    """Upper bound on -log p(z_0) of each sample, estimated with one drawn transition per timestep, in nats.
-
-    -log p(z_0) <= KL(q(z_T | z_0) || U) + sum_t E[-log p_t(z_{t-1} | z_t) - H(q(z_{t-1} | z_t, z_0))], with
-    -log p_t = F - field.z + log Z(z_t), log Z by annealed importance sampling.
-
-    Args:
-        dbn: the chain.
-        clean: z_0 per level, [(B, V_l)].
-        schedule: on the bits' device.
-        temperatures: of the annealing.
-        sweeps: 0 anneals from the base to the model, which flatters; otherwise from the model, drawn by so many Gibbs
-            sweeps from z_{t-1}, to the base, which does not.
-
-    Returns:
-        (T + 1, B): the prior's term, then one per timestep.
-
-    Source: Sohl-Dickstein et al. (2015), section 2.3; coupling as in `rbm`.
-    """
-    T = schedule.timesteps
-    terms = [prior_divergence(clean, schedule)]
-    rows = max(1, EVALUATION_ROWS // len(clean[0]))
-    transitions = diffuse(clean, schedule, 0, T)  # drawn first: from one random state, both directions see the same
-    for start in range(0, T, rows):
-        stop = min(start + rows, T)
-        previous, noisy = ([bits[start:stop] for bits in levels] for levels in transitions)
-        blocks, field = dbn.blocks(start, stop), fields(noisy, schedule.coupling[start + 1 : stop + 1])
-        total = torch.zeros(previous[0].shape[:2], device=previous[0].device)
-        for block, z, f, (_, bias) in zip(blocks, previous, field, dbn.contexts(blocks, previous, noisy), strict=True):
-            if sweeps:
-                log_z = reverse_log_partition(block, bias, f, temperatures, block.gibbs(z, bias, f, sweeps))
-            else:
-                log_z = log_partition(block, bias, f, temperatures)[0]
-            total += block.free_energy(z, bias) - (f * z).sum(-1) + log_z
-        terms.extend(total - posterior_entropy(noisy, clean, schedule, start, stop))
-    return torch.stack(terms)
 
 
 def prior_divergence(clean: Sequence[Tensor], schedule: FlipSchedule) -> Tensor:

@@ -15,6 +15,7 @@ class Config(BaseConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "timesteps": 3, "epochs_per_timestep": 2, "autoencoder_epochs": 2, "baseline_epochs": 2, "hidden_units": (16, 16, 8),
+            "small_rbm_updates": 2,
             "max_train_images": 256, "evaluation_images": 32, "ais_temperatures": 20, "num_samples": 16, "autoencoder_width": 16,
         },
         "laptop": {},
@@ -32,6 +33,15 @@ class Config(BaseConfig):
         "mixed_precision": "precision",
     }
 
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = (*BaseConfig.FILE_FIELDS, "data_file", "autoencoder")
+    MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
+        "autoencoder": (
+            "autoencoder",
+            "use the data set and code_channels it was trained with, or regenerate it with: trainbook run timestep_dbn "
+            "--stage autoencoder; see 'Checkpoint' in the workflow's README",
+        )
+    }
+
     dataset: Literal["digits", "cifar10_airplane", "file"] = "digits"
     """digits: scikit-learn's 1,797 real 8x8 images; cifar10_airplane: downloaded by torchvision; file: see data_file."""
     data_file: str = ""
@@ -39,6 +49,11 @@ class Config(BaseConfig):
     max_train_images: int = Field(default=0, ge=0)
     """Use only the first so many training images; 0 uses all."""
 
+    autoencoder: str = ""
+    """A pre-trained autoencoder: a run, its export folder, a .safetensors file or a torch checkpoint; its stage is then left out,
+    and code_channels and autoencoder_width are the file's."""
+    stage: Literal["all", "autoencoder"] = "all"
+    """Train everything, or only the autoencoder, for --autoencoder of other runs."""
     code_channels: tuple[int, int, int] = (4, 8, 32)
     """Bits per position on the three levels, at 1/2, 1/4 and 1/8 of the image's width."""
     autoencoder_width: int = Field(default=64, ge=4, le=1024, multiple_of=4)
@@ -81,24 +96,46 @@ class Config(BaseConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on the RBMs' weights, none on their biases."""
 
+    correlation_threshold: float = Field(default=0.0, ge=0, lt=1)
+    """Pull a timestep towards independent units while its chain's autocorrelation is above this and not falling; 0: never."""
+    correlation_lag: int = Field(default=10, ge=1, le=1000)
+    """Sweeps after which that autocorrelation is measured, once an epoch."""
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation value after which a timestep is no longer updated; 0: update all to the end. The chain
+    has the weights of each timestep's best epoch either way."""
+
     baseline_epochs: int = Field(default=100, ge=1)
-    """Passes over the training codes for the plain RBMs and the factorised logistic step."""
+    """Passes over the training codes for the baselines; the small RBM takes more, see small_rbm_updates."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
-    """Rate of the baselines' optimizers, lowered to a tenth by a cosine."""
+    """Rate of the monolithic RBM and the logistic step, lowered to a tenth by a cosine; so are the other baselines'."""
+    denoiser_learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    """Rate of the denoiser."""
+    small_rbm_learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    """Rate of the small RBM."""
+    small_rbm_updates: int = Field(default=10, ge=1)
+    """Updates of the small RBM per step of the other baselines: 10 of them cost about as much as one of the chain."""
+    baseline_weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of the plain RBMs' weights."""
 
     clip_norm: float = Field(default=0.0, ge=0)
     """Of the autoencoder and the logistic step: scale the gradient down to this Euclidean norm; 0 does not clip."""
     precision: Literal["float32", "bfloat16", "float16", "mixed"] = "float32"
     """Of the products in the autoencoder and the logistic step; the RBMs' are float32. mixed: what the device is fast at."""
 
-    sampling_sweeps: int = Field(default=20, ge=1)
-    """Gibbs sweeps per reverse step when sampling."""
+    sampling_sweeps: int = Field(default=0, ge=0)
+    """Gibbs sweeps per reverse step when sampling; 0: chosen per timestep from the chain's measured autocorrelation."""
+    most_sampling_sweeps: int = Field(default=200, ge=1)
+    """The most that are chosen when sampling_sweeps = 0."""
     num_samples: int = Field(default=256, ge=8)
     """Ancestral samples drawn at the end."""
     evaluation_images: int = Field(default=256, ge=8)
     """Held-out images that likelihoods and bit errors are measured on, at most."""
+    likelihood_tolerance: float = Field(default=0.002, gt=0)
+    """Nats per bit: wanted width between the two directions of annealing, and standard error at which images suffice."""
     ais_temperatures: int = Field(default=500, ge=2)
-    """Intermediate distributions of annealed importance sampling."""
+    """Intermediate distributions of annealed importance sampling per reverse step, at most."""
+    ais_particles: int = Field(default=2, ge=2, le=1024)
+    """Independent importance weights per estimate, whose mean is taken before the logarithm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -106,7 +143,24 @@ class Config(BaseConfig):
             raise ValueError("data_file goes with dataset = file, and dataset = file needs data_file")
         if min(self.code_channels) < 1 or min(self.hidden_units) < 1:
             raise ValueError("code_channels and hidden_units must be positive")
+        if self.autoencoder and self.stage == "autoencoder":
+            raise ValueError("with a pre-trained autoencoder nothing is left to train in stage = autoencoder")
         return self
+
+    @classmethod
+    def from_preset(cls, preset: str, overrides: dict[str, Any] | None = None) -> Self:
+        """As of every config; the architecture of a pre-trained autoencoder is read from its file, where it is not given.
+
+        Raises:
+            UserError: as of every config, and when the file is no autoencoder of this workflow.
+        """
+        given = overrides or {}
+        if given.get("autoencoder") and not {"code_channels", "autoencoder_width"} <= given.keys():
+            from trainbook.workflows.timestep_dbn.pretrained import read_architecture
+
+            architecture = read_architecture(given["autoencoder"])
+            given = {"code_channels": architecture.code_channels, "autoencoder_width": architecture.width} | given
+        return super().from_preset(preset, given)
 
     def optimization(self, rate: float) -> OptimizationConfig:
         """Of a stage whose highest learning rate is given: Adam, and a cosine down to a tenth of the rate."""
@@ -133,6 +187,7 @@ TARGETS = (
     Target("chain/nats_per_bit", "<", "monolithic_rbm/nats_per_bit", _REAL, _BRIEF),
     Target("chain/nats_per_bit", "<", "small_rbm/nats_per_bit", _REAL, "trainbook: an RBM of fitting width is the stronger one"),
     Target("chain/nats_per_bit", "<", "logistic_chain/nats_per_bit", _REAL, _BRIEF),
+    Target("chain/nats_per_bit", "<", "denoiser/nats_per_bit", _REAL, _BRIEF),
     Target(
         "chain/end_bit_error",
         "<",
@@ -140,7 +195,10 @@ TARGETS = (
         _REAL,
         "trainbook: a chain that knows joint structure must undo noise better",
     ),
+    Target("chain/end_bit_error", "<", "denoiser/end_bit_error", _REAL, _BRIEF),
     Target("chain/sample_covariance_error", "<", "independent_bits/sample_covariance_error", _REAL, _BRIEF),
+    Target("chain/squared_mmd", "<", "denoiser/squared_mmd", _REAL, _BRIEF),
+    Target("chain/c2st_kernel", "<", "denoiser/c2st_kernel", _REAL, _BRIEF),
     Target("autoencoder/dead_bit_share", "<=", 0.05, _REAL, "trainbook: fewer than 1 in 20 bits unused"),
     Target("chain/final_flip_probability", ">=", 0.49, _REAL, "trainbook: the forward process must end in noise"),
 )

@@ -8,12 +8,12 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from trainbook.comparison import ABOVE, STANDARD_ERROR, interval
 from trainbook.data import Data
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
-from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, negative_log_likelihood
+from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, rbm_reverse_step
 from trainbook.workflows.timestep_dbn.chain import (
-    bound,
     diffuse,
     fields,
     posterior_entropy,
@@ -22,34 +22,47 @@ from trainbook.workflows.timestep_dbn.chain import (
 )
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
+from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, chain_factors, plain_bracket
 from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.sample_metrics import sample_metrics
 
 DEAD_BIT_ENTROPY = 0.05  # nats: a bit that is 1 (or 0) in fewer than about 1 % of the images
 START_FLIP = 0.25  # bit errors are measured from the largest t with c_t below this
-REVERSE_SWEEPS = 10  # times sampling_sweeps: Gibbs sweeps that draw the model's sample for the reverse annealing
 FLIP_RATES = (0.01, 0.05, 0.1)
 
 Reverse = Callable[[Tensor, int], Tensor]
+GRADIENT_BASELINES = ("logistic_chain", "denoiser")  # their reverse steps treat bits apart: the mean over z_{t-1} is exact
 
 
 @torch.no_grad()
 def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
     """Metrics on the test images, named "<who>/<metric>".
 
-    nats_per_bit: upper bound on (chain, logistic chain) or value of -ln p(code) / bits; lower is better; see `likelihoods`.
+    nats_per_bit: upper bound on (the chains, the denoiser) or value of -ln p(code) / bits; lower is better; see `likelihoods`.
     end_bit_error: share of wrong bits after undoing the noise of step t (c_t just below 0.25), lower is better.
-    sample_covariance_error: root mean square difference of bit covariances, samples against test codes; the
-    row `training_data` is the floor that sampling noise alone gives.
+    What is measured on samples is in `sample_metrics`. "<baseline>/<metric>_above_chain" is the baseline's value less the
+    chain's, with its 95 % interval.
+
+    Raises:
+        RunFailed: when some timestep was never trained.
     """
     schedule = flip_schedule(config.timesteps, config.schedule).to(data.test["images"].device)
     model = state.modules["autoencoder"]
+    if config.stage == "autoencoder":
+        return autoencoder_metrics(model, data)
+    state.stateful["blocks"].check_all_trained()
     images = data.test["images"]
     test = encode_all(model, images[: config.evaluation_images])
     return {
         **autoencoder_metrics(model, data),
         **likelihoods(config, state, test, schedule),
-        **{f"{who}/end_bit_error": errors[-1] for who, errors in bit_errors(config, state, test, schedule).items()},
-        **sample_errors(config, state, encode_all(model, images), encode_all(model, data.train["images"]), schedule),
+        **end_bit_errors(reverse_errors(config, state, test, schedule)),
+        **sample_metrics(
+            samples_of_all(config, state, schedule),
+            test=torch.cat(encode_all(model, images), 1),
+            train=torch.cat(encode_all(model, data.train["images"]), 1),
+            num_rows=config.num_samples,
+        ),
         "chain/final_flip_probability": float(schedule.cumulative[-1]),
     }
 
@@ -97,43 +110,48 @@ def likelihoods(config: Config, state: TrainState, test: list[Tensor], schedule:
     """-ln p of held-out codes per bit for every model, with standard errors over images.
 
     Where annealing is needed, `nats_per_bit` is its unflattering direction for our chain and its flattering one for the
-    plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two.
-    `nats_per_bit_above_chain` is the mean over images of a baseline's code length minus the chain's.
+    plain RBMs; `nats_per_bit_other_direction` is the other. The truth lies between the two. As many images are looked at as
+    the chain's standard error needs.
     """
-    bits = torch.cat(test, 1)
-    dbn, logistic = state.modules["dbn"], state.modules["logistic_chain"]
-    clean = list(bits.split(dbn.level_sizes, 1))
-    negative_logs, noisy = logistic.negative_log_steps(bits, schedule)
-    logistic_terms = negative_logs - posterior_entropy([noisy], [bits], schedule, 0, config.timesteps)
-    temperatures, sweeps = config.ais_temperatures, REVERSE_SWEEPS * config.sampling_sweeps
-    rbms = {name: state.modules[name] for name in RBM_BASELINES}
-    with torch.random.fork_rng():
-        flattering = bound(dbn, clean, schedule, temperatures).sum(0)
+    dbn, annealing = state.modules["dbn"], Annealing.of(config)
+    found = bracket(chain_factors(dbn, schedule), test, config.timesteps, annealing, "chain")
+    clean = [level[: found.high.shape[1]] for level in test]
+    bits, prior = torch.cat(clean, 1), prior_divergence(clean, schedule)
+    plain = {name: plain_bracket(state.modules[name], bits, annealing) for name in RBM_BASELINES}
     values = {
-        "chain/nats_per_bit": bound(dbn, clean, schedule, temperatures, sweeps).sum(0),
-        **{f"{name}/nats_per_bit": negative_log_likelihood(rbm, bits, temperatures) for name, rbm in rbms.items()},
-        "logistic_chain/nats_per_bit": logistic_terms.sum(0) + prior_divergence([bits], schedule),
+        "chain/nats_per_bit": prior + found.high.sum(0),
+        **{f"{name}/nats_per_bit": low for name, (low, _) in plain.items()},
+        **{f"{name}/nats_per_bit": factorised_bound(state.modules[name], bits, schedule) for name in GRADIENT_BASELINES},
         "independent_bits/nats_per_bit": state.modules["independent_bits"].negative_log_likelihood(bits),
-        "chain/nats_per_bit_other_direction": flattering,
-        **{
-            f"{name}/nats_per_bit_other_direction": negative_log_likelihood(rbm, bits, temperatures, sweeps)
-            for name, rbm in rbms.items()
-        },
+        "chain/nats_per_bit_other_direction": prior + found.low.sum(0),
+        **{f"{name}/nats_per_bit_other_direction": high for name, (_, high) in plain.items()},
     }
-    chain = values["chain/nats_per_bit"]
-    excess = {
-        f"{name}_above_chain": value - chain
-        for name, value in values.items()
-        if name.endswith("nats_per_bit") and not name.startswith("chain")
-    }
-    values.update(excess)  # image by image, so its standard error leaves out what is hard for every model
-    metrics = {name: float(value.mean()) / bits.shape[1] for name, value in values.items()}
-    spread = {
-        f"{name}_standard_error": float(value.std()) / bits.shape[1] / math.sqrt(len(bits))
-        for name, value in values.items()
-        if not name.endswith("other_direction")
-    }
-    return {**metrics, **spread, "chain/conditional_pseudo_likelihood": pseudo_likelihood(config, state, clean, schedule)}
+    metrics = {}
+    for name, value in values.items():
+        metrics[name], error = per_bit(value, bits.shape[1])
+        if not name.endswith("other_direction"):
+            metrics[name + STANDARD_ERROR] = error
+            if not name.startswith("chain"):  # image by image: what is hard for every model cancels
+                difference = per_bit(value - values["chain/nats_per_bit"], bits.shape[1])
+                metrics.update(interval(f"{name}{ABOVE}chain", *difference))
+    metrics["chain/conditional_pseudo_likelihood"] = pseudo_likelihood(config, state, clean, schedule)
+    sweeps = {f"chain/sampling_sweeps@{t}": float(number) for t, number in enumerate(dbn.sampling_sweeps.tolist(), 1)}
+    return {**metrics, **bracket_metrics("chain", found, bits.shape[1]), **sweeps}
+
+
+def per_bit(values: Tensor, num_bits: int = 1) -> tuple[float, float]:
+    """Mean over images and its standard error, each divided by the number of bits; (B,)."""
+    return float(values.mean()) / num_bits, float(values.std()) / num_bits / math.sqrt(len(values))
+
+
+def factorised_bound(model: torch.nn.Module, bits: Tensor, schedule: FlipSchedule) -> Tensor:
+    """The bound of `likelihood` on -log p(z_0) for a model whose reverse step treats bits apart; (B, V) -> (B,), in nats.
+
+    Only z_t is drawn; the mean over z_{t-1} is exact.
+    """
+    cross_entropies, noisy = model.negative_log_steps(bits, schedule)
+    terms = cross_entropies - posterior_entropy([noisy], [bits], schedule, 0, schedule.timesteps)
+    return terms.sum(0) + prior_divergence([bits], schedule)
 
 
 def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], schedule: FlipSchedule) -> float:
@@ -150,35 +168,57 @@ def pseudo_likelihood(config: Config, state: TrainState, clean: list[Tensor], sc
 
 
 def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Reverse]:
-    """For the chain and the baselines with a reverse process: a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
-    dbn = state.modules["dbn"]
+    """For the chain and every baseline a function that samples z_{t-1} given z_t, (B, V) -> (B, V)."""
+    modules, dbn = state.modules, state.modules["dbn"]
+    sweeps = dbn.sampling_sweeps.tolist()
 
     def chain(noisy: Tensor, t: int) -> Tensor:
-        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, config.sampling_sweeps), 1)
+        return torch.cat(reverse_step(dbn, noisy.split(dbn.level_sizes, 1), t, schedule, sweeps[t - 1]), 1)
+
+    def of_rbm(name: str) -> Reverse:
+        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, sweeps[t - 1])
+
+    def factorised(name: str) -> Reverse:
+        return lambda noisy, t: modules[name].reverse_step(noisy, t, schedule)
 
     return {
         "chain": chain,
-        "logistic_chain": lambda noisy, t: state.modules["logistic_chain"].reverse_step(noisy, t, schedule),
-        "independent_bits": lambda noisy, t: state.modules["independent_bits"].reverse_step(noisy, t, schedule),
+        **{name: of_rbm(name) for name in RBM_BASELINES if name in modules},
+        **{name: factorised(name) for name in (*GRADIENT_BASELINES, "independent_bits") if name in modules},
     }
 
 
-def bit_errors(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, list[float]]:
-    """Share of bits that differ from z_0 at t, t-1, ..., 0 along the reverse process started from a noisy held-out code.
+def reverse_errors(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, Tensor]:
+    """Share of each image's bits that differ from z_0 at t, t-1, ..., 0 along the reverse process from a noisy held-out code.
 
-    The start t is the largest with c_t below 0.25; `no_op` leaves the noisy bits as they are.
+    The start t is the largest with c_t below 0.25, the noisy code the same for all; `no_op` leaves it as it is. (t + 1, B).
     """
     clean = torch.cat(test, 1)
     start = start_timestep(schedule)
     noisy = flip(clean, schedule.cumulative[start])
     errors = {}
     for who, step in {**reverse_steps(config, state, schedule), "no_op": lambda bits, t: bits}.items():
-        bits = noisy
-        errors[who] = [float((bits - clean).abs().mean())]
+        bits = [noisy]
         for t in range(start, 0, -1):
-            bits = step(bits, t)
-            errors[who].append(float((bits - clean).abs().mean()))
+            bits.append(step(bits[-1], t))
+        errors[who] = (torch.stack(bits) - clean).abs().mean(-1)
     return errors
+
+
+def bit_errors(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, list[float]]:
+    """Means over images of `reverse_errors`."""
+    return {who: errors.mean(1).tolist() for who, errors in reverse_errors(config, state, test, schedule).items()}
+
+
+def end_bit_errors(errors: dict[str, Tensor]) -> dict[str, float]:
+    """What is left wrong at the end, with its standard error, and how much more than the chain's, image by image."""
+    metrics = {}
+    for who, error in errors.items():
+        name = f"{who}/end_bit_error"
+        metrics[name], metrics[name + STANDARD_ERROR] = per_bit(error[-1])
+        if who != "chain":
+            metrics.update(interval(f"{name}{ABOVE}chain", *per_bit(error[-1] - errors["chain"][-1])))
+    return metrics
 
 
 def start_timestep(schedule: FlipSchedule) -> int:
@@ -194,26 +234,17 @@ def sample_trajectory(step: Reverse, num_samples: int, num_bits: int, timesteps:
     return trajectory
 
 
-def sample_errors(
-    config: Config, state: TrainState, test: list[Tensor], train: list[Tensor], schedule: FlipSchedule
-) -> dict[str, float]:
-    """How far the means and covariances of sampled bits lie from those of the test codes."""
-    reference, pool = torch.cat(test, 1), torch.cat(train, 1)
-    num_samples = min(config.num_samples, len(pool))
-    drawn = pool[torch.randperm(len(pool), device="cpu")[:num_samples].to(pool.device)]
-    zeros = torch.zeros(1, 1, pool.shape[1], device=pool.device)
-    start = torch.bernoulli(state.modules["independent_bits"].mean.expand(num_samples, -1)).unsqueeze(0)
-    sweeps = config.sampling_sweeps * config.timesteps  # as many as the chain gets
-    samples = {
-        who: sample_trajectory(step, num_samples, pool.shape[1], config.timesteps, pool.device)[-1]
-        for who, step in reverse_steps(config, state, schedule).items()
-    }
-    for name in RBM_BASELINES:
-        block = state.modules[name].block(0, 1)
-        samples[name] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
-    samples["training_data"] = drawn
-    metrics = {}
-    for who, bits in samples.items():
-        metrics[f"{who}/sample_mean_error"] = float((bits.mean(0) - reference.mean(0)).square().mean().sqrt())
-        metrics[f"{who}/sample_covariance_error"] = float((bits.T.cov() - reference.T.cov()).square().mean().sqrt())
-    return metrics
+@torch.no_grad()
+def samples_of_all(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Tensor]:
+    """Ancestral samples of the chain and of every baseline, (num_samples, V); the plain RBMs' by as many Gibbs sweeps."""
+    num_samples, mean = config.num_samples, state.modules["independent_bits"].mean
+    zeros = mean.new_zeros(1, 1, len(mean))
+    samples = {}
+    for who, step in reverse_steps(config, state, schedule).items():
+        if who in RBM_BASELINES:
+            block, start = state.modules[who].block(0, 1), torch.bernoulli(mean.expand(1, num_samples, -1))
+            sweeps = int(state.modules["dbn"].sampling_sweeps.sum())  # as many as the chain gets
+            samples[who] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
+        else:
+            samples[who] = sample_trajectory(step, num_samples, len(mean), config.timesteps, mean.device)[-1]
+    return samples

@@ -11,14 +11,23 @@ from trainbook.data import Data
 from trainbook.plots import heatmap, image_grid, new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all
+from trainbook.workflows.timestep_dbn.chain_pictures import draw_measured
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
-from trainbook.workflows.timestep_dbn.evaluation import bit_errors, reverse_steps, sample_trajectory, start_timestep
+from trainbook.workflows.timestep_dbn.evaluation import (
+    bit_errors,
+    reverse_steps,
+    sample_trajectory,
+    samples_of_all,
+    start_timestep,
+)
+from trainbook.workflows.timestep_dbn.hidden_units import draw_hidden_usage, hidden_usage
+from trainbook.workflows.timestep_dbn.sample_pictures import HELD_OUT, draw_distances, draw_neighbours
 from trainbook.workflows.timestep_dbn.training import CHAIN
 
 GRID = 10  # images per row
+NUM_SHOWN = 8  # samples over t, and the number of t
 LEVEL_NAMES = ("fine", "middle", "coarse")
-NAMES = {"chain": "DBN chain", "logistic_chain": "logistic chain", "independent_bits": "independent bits"}
 
 
 def draw_data(config: Config, data: Data) -> dict[str, Figure]:
@@ -30,17 +39,30 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 
 @torch.no_grad()
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Reconstructions, schedule, samples over t, convergence, free-energy gap, bit errors."""
-    device = data.test["images"].device
+    """Reconstructions, schedule, samples over t and of every model, convergence, free-energy gap, hidden units, bit errors."""
+    if config.stage == "autoencoder":
+        return {"reconstruction": draw_reconstruction(data, state)}
+    device, size = data.test["images"].device, data.test["images"].shape[2:]
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
-    test = encode_all(state.modules["autoencoder"], data.test["images"][: config.evaluation_images])
+    model, dbn = state.modules["autoencoder"], state.modules["dbn"]
+    test = encode_all(model, data.test["images"][: config.evaluation_images])
     epochs = [record for record in history if record["stage"] == CHAIN]
+    train = torch.cat(encode_all(model, data.train["images"]), 1)
+    sets = {**samples_of_all(config, state, schedule), HELD_OUT: torch.cat(test, 1)}
+
+    def to_pictures(bits: Tensor) -> np.ndarray:
+        return to_images(decode_all(model, bits.split(dbn.level_sizes, 1), size))
+
     return {
         "reconstruction": draw_reconstruction(data, state),
         "schedule": draw_schedule(schedule),
         "samples": draw_samples(config, data, state, schedule),
         "convergence": draw_convergence(config, epochs),
         "free_energy_gap": draw_gap(config, epochs),
+        "hidden_usage": draw_hidden_usage(hidden_usage(dbn, test, schedule), LEVEL_NAMES),
+        "neighbours": draw_neighbours(sets, train, to_pictures),
+        "distances": draw_distances(sets, train),
+        **draw_measured(history),
         "bit_error": draw_bit_errors(bit_errors(config, state, test, schedule), start_timestep(schedule), schedule),
     }
 
@@ -52,15 +74,16 @@ def to_images(images: Tensor) -> np.ndarray:
 
 
 def draw_reconstruction(data: Data, state: TrainState) -> Figure:
-    """Held-out images, their reconstruction from bits, and from bits with one level's replaced by coin flips."""
+    """Held-out images, their reconstruction from bits, from sampled bits, and with one level's replaced by coin flips."""
     model, images = state.modules["autoencoder"], data.test["images"][:GRID]
     codes, size = encode_all(model, images), images.shape[2:]
-    rows = [images, decode_all(model, codes, size)]
+    sampled = [torch.bernoulli(logit.sigmoid()).flatten(1) for logit in model.encode_logits(images)]
+    rows = [images, decode_all(model, codes, size), decode_all(model, sampled, size)]
     for level in range(len(codes)):
         damaged = [torch.bernoulli(torch.full_like(code, 0.5)) if index == level else code for index, code in enumerate(codes)]
         rows.append(decode_all(model, damaged, size))
-    labels = ["original", "from bits", *(f"{name} level lost" for name in LEVEL_NAMES)]
-    figure, axes = new_figure(width=7.0, height=3.9)
+    labels = ["original", "from bits", "from sampled bits", *(f"{name} level lost" for name in LEVEL_NAMES)]
+    figure, axes = new_figure(width=7.0, height=4.4)
     image_grid(
         axes[0, 0],
         to_images(torch.cat(rows)),
@@ -91,16 +114,12 @@ def draw_samples(config: Config, data: Data, state: TrainState, schedule: FlipSc
     model, dbn, size = state.modules["autoencoder"], state.modules["dbn"], data.test["images"].shape[2:]
     step = reverse_steps(config, state, schedule)["chain"]
     trajectory = sample_trajectory(step, 4 * GRID, sum(dbn.level_sizes), config.timesteps, data.test["images"].device)
-    shown = np.unique(np.linspace(0, config.timesteps, 8).round().astype(int))[::-1]  # t from T to 0
+    shown = np.unique(np.linspace(0, config.timesteps, NUM_SHOWN).round().astype(int))[::-1]  # t from T to 0
     figure, axes = new_figure(2, width=5.2, height=4.4)
-    decoded = [decode_all(model, trajectory[config.timesteps - t][:GRID].split(dbn.level_sizes, 1), size) for t in shown]
-    image_grid(
-        axes[0, 0],
-        to_images(torch.cat(decoded)),
-        GRID,
-        "one sample per column, noise to image",
-        [f"t = {t}" for t in shown],
-    )
+    steps = torch.stack([trajectory[config.timesteps - t][:NUM_SHOWN] for t in shown], 1)  # (samples, t, V)
+    decoded = decode_all(model, steps.flatten(0, 1).split(dbn.level_sizes, 1), size)
+    image_grid(axes[0, 0], to_images(decoded), len(shown), "one sample per row, noise to image")
+    axes[0, 0].set_xticks((np.arange(len(shown)) + 0.5) * (size[1] + 1) - 1, [f"t = {t}" for t in shown], fontsize=8)
     final = decode_all(model, trajectory[-1].split(dbn.level_sizes, 1), size)
     both = torch.cat([final, data.test["images"][: 4 * GRID]])
     labels = ["sampled"] * 4 + ["held-out"] * (len(both) // GRID - 4)
@@ -169,7 +188,7 @@ def draw_bit_errors(errors: dict[str, list[float]], start: int, schedule: FlipSc
         if who == "no_op":
             axes[0, 0].axhline(values[0], color="0.5", linestyle=":", label="noisy bits left as they are")
         else:
-            axes[0, 0].plot(t, values, "o-" if who == "chain" else "s--", markersize=4, label=NAMES[who])
+            axes[0, 0].plot(t, values, "o-" if who == "chain" else "s--", markersize=4, label=who.replace("_", " "))
     axes[0, 0].plot(t, schedule.cumulative[: start + 1].flip(0).cpu(), color="0.8", label="forward process, $c_t$")
     axes[0, 0].set_xticks(t)
     axes[0, 0].invert_xaxis()

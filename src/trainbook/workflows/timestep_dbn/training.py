@@ -1,31 +1,45 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainbook.data import Batches, Data
-from trainbook.errors import RunFailed
+from trainbook.errors import RunFailed, is_out_of_memory
 from trainbook.fitting import Stage
+from trainbook.monitor import free_memory_bytes
 from trainbook.records import Record
 from trainbook.runtime import Runtime
 from trainbook.schedule import learning_rate
+from trainbook.seeding import seed_step
 from trainbook.state import TrainState
 from trainbook.stepper import Stepper
+from trainbook.workflows.timestep_dbn.autocorrelation import integrated_time, measure, sweeps_needed
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
+from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
 from trainbook.workflows.timestep_dbn.config import Config
+from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty
+from trainbook.workflows.timestep_dbn.denoiser import Denoiser
+from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hints
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
+from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
+from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
+from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, ConditionalRBM, Update, contrastive_step, log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.self_test import check_computation
+from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
 
 AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
-CPU_TILE = 10  # timesteps stepped at once on a CPU, so that what a step makes stays in the cache
-METRIC_ROWS = 64  # codes of each split that per-epoch metrics are measured on
+BLOCKS, PENALTY = "blocks", "correlation_penalty"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
+GRADIENT_BASELINES = ("logistic_chain", "denoiser")
+VALIDATE_BASELINES_EVERY = 4  # epochs
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,16 @@ class Plan:
     baseline_steps: int
 
     @classmethod
-    def of(cls, config: Config, num_images: int) -> "Plan":
-        """The plan of a run."""
-        steps, size = num_images // config.batch_size, config.block_timesteps
+    def of(cls, config: Config, num_images: int, bounds: Sequence[int] = ()) -> "Plan":
+        """The plan of a run; `bounds` of the blocks are the config's where they are not given."""
+        steps = num_images // config.batch_size
+        bounds = bounds or [*range(0, config.timesteps, config.block_timesteps), config.timesteps]
         return cls(
             steps_per_epoch=steps,
-            autoencoder_steps=steps * config.autoencoder_epochs,
+            autoencoder_steps=0 if config.autoencoder else steps * config.autoencoder_epochs,
             block_steps=steps * config.epochs_per_timestep,
-            blocks=[(start, min(start + size, config.timesteps)) for start in range(0, config.timesteps, size)],
-            baseline_steps=steps * config.baseline_epochs,
+            blocks=[] if config.stage == AUTOENCODER else list(pairwise(bounds)),
+            baseline_steps=0 if config.stage == AUTOENCODER else steps * config.baseline_epochs,
         )
 
     @property
@@ -64,48 +79,98 @@ class Plan:
 def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     """Modules and optimizers of a run, on the runtime's device."""
     images = data.train["images"]
+    autoencoder = BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width).to(runtime.device)
+    stateful: dict[str, Any] = {}
+    if not config.autoencoder:
+        optimization = config.optimization(config.autoencoder_learning_rate)
+        stateful[AUTOENCODER] = Stage(
+            AUTOENCODER, autoencoder, optimization, len(images) // config.batch_size * config.autoencoder_epochs
+        )
+    if config.stage == AUTOENCODER:
+        total = Plan.of(config, len(images)).total_steps
+        return TrainState({AUTOENCODER: autoencoder}, {}, stateful, total_steps=total, stage=AUTOENCODER)
     sizes = level_sizes(images.shape[2:], config.code_channels)
     dbn = TimestepDBN(config, sizes)
     num_parameters = sum(p.numel() for p in dbn.parameters())
     modules: dict[str, nn.Module] = {
-        "autoencoder": BinaryAutoencoder(images.shape[1], config.code_channels, config.autoencoder_width),
+        AUTOENCODER: autoencoder,
         "dbn": dbn,
         "monolithic_rbm": monolithic_rbm(sum(sizes), num_parameters, config.batch_size),
         "small_rbm": small_rbm(sum(sizes), config.batch_size),
         "logistic_chain": LogisticChain(config.timesteps, sum(sizes)),
+        "denoiser": Denoiser.of_size(config.timesteps, sum(sizes), num_parameters),
         "independent_bits": IndependentBits(sum(sizes)),
     }
     for module in modules.values():
         module.to(runtime.device)
-    plan = Plan.of(config, len(images))
-    optimization = config.optimization(config.autoencoder_learning_rate)
-    stateful = {
-        AUTOENCODER: Stage(AUTOENCODER, modules["autoencoder"], optimization, plan.autoencoder_steps),
-        "logistic_chain": Stepper(
-            modules["logistic_chain"], config.optimization(config.baseline_learning_rate), plan.baseline_steps
-        ),
-    }
+    free_bytes = free_memory_bytes(runtime.device, runtime.memory_limit)
+    num_images = len(images) + len(data.valid["images"])
+    stateful[BLOCKS] = Blocks(config, dbn, num_images, runtime.device == "cpu", free_bytes)
+    plan = Plan.of(config, len(images), stateful[BLOCKS].bounds)
+    stateful |= training_parts(config, modules, plan)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "adam":
         optimizers["dbn"] = rbm_adam(config, [rbm_views(level, *plan.blocks[0]) for level in dbn.levels])
-        optimizers.update({name: rbm_adam(config, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
-    return TrainState(modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER)
+        plain = plain_rbm_config(config)
+        optimizers.update({name: rbm_adam(plain, [rbm_views(modules[name], 0, 1)]) for name in RBM_BASELINES})
+    return TrainState(
+        modules, optimizers, stateful, total_steps=plan.total_steps, stage=AUTOENCODER if plan.autoencoder_steps else CHAIN
+    )
+
+
+def plain_rbm_config(config: Config) -> Config:
+    """The config as the plain RBMs' optimizer reads it."""
+    return config.model_copy(update={"weight_decay": config.baseline_weight_decay})
+
+
+def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
+    """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
+    rates = {"logistic_chain": config.baseline_learning_rate, "denoiser": config.denoiser_learning_rate}
+    members = {name: [list(modules[name].parameters())] for name in (*RBM_BASELINES, "logistic_chain")}
+    members["denoiser"] = [[parameter.unsqueeze(0) for parameter in modules["denoiser"].parameters()]]  # one for all timesteps
+    penalty = {PENALTY: CorrelationPenalty(config, modules["dbn"])} if config.correlation_threshold else {}
+    return {
+        **penalty,
+        **{name: Stepper(modules[name], config.optimization(rate), plan.baseline_steps) for name, rate in rates.items()},
+        "early_stopping": EarlyStopping([list(level.parameters()) for level in modules["dbn"].levels], config.patience),
+        **{f"{name}_best": EarlyStopping(tensors, 0) for name, tensors in members.items()},
+    }
 
 
 def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
-    """Train stage after stage from `state.step`; yields once per step.
+    """Train stage after stage from `state.step`; yields once per step. The first record holds the self-test's deviations.
 
     Raises:
-        RunFailed: when some timestep made no update in an epoch.
+        RunFailed: when the self-test fails, or some timestep made no update in an epoch.
+        UserError: before the first step, when a pre-trained autoencoder does not code the images.
     """
-    plan = Plan.of(config, len(data.train["images"]))
+    deviations = check_computation(data.train["images"].device)  # in every session: it may be another machine
+    for record in _train_stages(config, data, state):
+        if state.step == 1:
+            record.metrics["self_test"] = deviations
+        yield record
+
+
+def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
+    plan = _plan(config, data, state)
+    if config.autoencoder and state.step == 0:
+        check_codes(state.modules[AUTOENCODER], config, data.valid["images"])
     if state.step < plan.autoencoder_steps:
         yield from _train_autoencoder(config, data, state)
     if state.step < plan.total_steps:
         codes = {split: encode_all(state.modules["autoencoder"], getattr(data, split)["images"]) for split in ("train", "valid")}
         if state.step < plan.chain_end:
-            yield from _train_chain(config, codes, state, plan)
-        yield from _train_baselines(config, codes["train"], state, plan)
+            yield from _train_chain(config, data, codes, state)
+        if config.optimizer == "adam":
+            release(state.optimizers["dbn"], 0)
+        yield from _train_baselines(config, codes, state, _plan(config, data, state))
+
+
+def _plan(config: Config, data: Data, state: TrainState) -> Plan:
+    """The plan with the blocks that the state says, which memory may have made smaller; keeps `state.total_steps` up to date."""
+    plan = Plan.of(config, len(data.train["images"]), state.stateful[BLOCKS].bounds if BLOCKS in state.stateful else ())
+    state.total_steps = plan.total_steps
+    return plan
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -121,46 +186,108 @@ def _train_autoencoder(config: Config, data: Data, state: TrainState) -> Iterato
     yield from state.stateful[AUTOENCODER].train(state, batches, loss)
 
 
-def _train_chain(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
+def _train_chain(config: Config, data: Data, codes: dict[str, list[Tensor]], state: TrainState) -> Iterator[Record]:
+    """Block after block; where memory runs out the block is halved and goes on from where it is."""
+    planned: Blocks = state.stateful[BLOCKS]
+    planned.announce()
+    state.stage = CHAIN
+    while state.step < (plan := _plan(config, data, state)).chain_end:
+        start = plan.blocks[(state.step - plan.autoencoder_steps) // plan.block_steps][0]
+        try:
+            yield from _train_block(config, codes, state, plan)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        planned.halve(start)  # outside the handler: the traceback held what filled the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        seed_step(config.seed, state.step)  # the step is taken again
+
+
+def _train_block(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
     dbn: TimestepDBN = state.modules["dbn"]
     device = codes["train"][0].device
     schedule = flip_schedule(config.timesteps, config.schedule).to(device)
     batches = Batches(dict(enumerate(codes["train"])), config.seed, config.batch_size)
     optimization = config.optimization(config.learning_rate)
-    state.stage = CHAIN
-    while state.step < plan.chain_end:
-        block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
-        start, stop = plan.blocks[block_index]
-        if block_step == 0:
-            _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
-        views = [rbm_views(level, start, stop) for level in dbn.levels]
-        step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
-        blocks = dbn.blocks(start, stop)
-        tile = CPU_TILE if device.type == "cpu" else stop - start
-        while block_step < plan.block_steps:
+    block_index, block_step = divmod(state.step - plan.autoencoder_steps, plan.block_steps)
+    start, stop = plan.blocks[block_index]
+    stopping: EarlyStopping = state.stateful["early_stopping"]
+    penalty: CorrelationPenalty | None = state.stateful.get(PENALTY)
+    if config.optimizer == "adam":  # before the next one's gradients come
+        release(state.optimizers["dbn"], stop - start if block_step else 0)
+    if block_step == 0:
+        _begin_block(dbn, codes["train"], schedule.cumulative[start:stop], start, stop)
+        if penalty:
+            penalty.begin(start, stop)
+        stopping.begin(start, stop)
+    views = [rbm_views(level, start, stop) for level in dbn.levels]
+    step_optimizer = _attach_optimizer(config, state, "dbn", views, fresh=block_step == 0)
+    blocks = dbn.blocks(start, stop)
+    tile = CPU_TILE if device.type == "cpu" else stop - start
+    active = stopping.active(start, stop, tile)
+    while block_step < plan.block_steps:
+        epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
+        metrics: dict[str, Any] = {}
+        if active:  # else every timestep of the block is stopped, and its remaining steps do nothing
             clean = list(batches(block_step).values())
             rate = learning_rate(optimization, block_step, plan.block_steps)
-            epoch, position = divmod(block_step + 1, plan.steps_per_epoch)
             before = [block.weight.detach().clone() for block in blocks] if position == 0 else []
             updates = [rbm_update(config, view, rate) for view in views]
-            for first in range(start, stop, tile):
-                last = min(first + tile, stop)
-                _update_chain(
-                    config, dbn, clean, schedule, first, last, [u.at(slice(first - start, last - start)) for u in updates]
-                )
+            for first, last in active:
+                parts = [update.at(slice(first - start, last - start)) for update in updates]
+                _update_chain(config, dbn, clean, schedule, first, last, parts, penalty)
             step_optimizer(rate)
-            block_step += 1
-            state.step += 1
-            metrics: dict[str, Any] = {}
             if position == 0:
-                metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before)
-                metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics}
-            yield Record(metrics, block_step == plan.block_steps, config.batch_size)
+                stopped = stopping.hold(start, stop)
+                with same_numbers(config.seed, device):
+                    metrics = _epoch_metrics(dbn, blocks, codes, schedule, start, stop, before, stopped)
+                state.stateful[BLOCKS].count(start, metrics["update_norm_by_timestep_and_level"])
+                likelihoods = metrics["pseudo_likelihood_by_timestep_and_level"]
+                values = chain_values(likelihoods, dbn.level_sizes, config.context)
+                if penalty:  # it trades likelihood for mixing: what it came to is kept, not what it came from
+                    values = torch.full_like(values, epoch)
+                kept = stopping.judge(start, values, epoch)
+                active = stopping.active(start, stop, tile)
+                metrics = {"epoch": epoch, "first_timestep": start + 1, **metrics, "kept_epoch_by_timestep_and_level": kept}
+                if penalty:
+                    correlation = measure(chain_factors(dbn, schedule), codes["valid"], start, stop, config.correlation_lag)
+                    metrics["chain_autocorrelation_by_timestep_and_level"] = slowest = correlation[..., -1].amax(-1)
+                    metrics["correlation_penalty_by_timestep_and_level"] = penalty.adapt(start, slowest)
+                metrics["hints"] = hints(metrics)
+        if block_step + 1 == plan.block_steps:
+            stopping.restore(start, stop)
+            metrics |= _settle(config, dbn, chain_factors(dbn, schedule), codes["valid"], start, stop)
+        block_step += 1
+        state.step += 1
+        yield Record(metrics, block_step == plan.block_steps, config.batch_size)
+
+
+def _settle(config: Config, model: nn.Module, factors: Factors, codes: list[Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Measure how fast the Gibbs chains of trained timesteps forget, and choose their sampling sweeps where none are given."""
+    correlation = measure(factors, codes, start, stop)
+    integrated = integrated_time(correlation)  # (n, F, S)
+    if not config.sampling_sweeps:
+        model.sampling_sweeps[start:stop] = sweeps_needed(integrated.amax((1, 2)), config.most_sampling_sweeps)
+    return {
+        "autocorrelation_first_timestep": start + 1,
+        "autocorrelation_by_timestep_level_statistic_and_lag": correlation,
+        "integrated_autocorrelation_sweeps_by_timestep_level_and_statistic": integrated,
+        "sampling_sweeps_by_timestep": model.sampling_sweeps[start:stop].clone(),
+    }
 
 
 @torch.no_grad()
 def _update_chain(
-    config: Config, dbn: TimestepDBN, clean: list[Tensor], schedule: FlipSchedule, start: int, stop: int, updates: list[Update]
+    config: Config,
+    dbn: TimestepDBN,
+    clean: list[Tensor],
+    schedule: FlipSchedule,
+    start: int,
+    stop: int,
+    updates: list[Update],
+    penalty: CorrelationPenalty | None = None,
 ) -> None:
     """Contrastive statistics of every level for the timestep indices start..stop-1, from one batch of codes."""
     previous, noisy = diffuse(clean, schedule, start, stop)
@@ -170,6 +297,8 @@ def _update_chain(
             blocks[level], dbn.levels[level].chains[start:stop], previous[level], noisy[level], context, bias, field[level],
             config.negative_phase, config.gibbs_sweeps, updates[level],
         )  # fmt: skip
+        if penalty:
+            penalty.apply(level, start, blocks[level], bias, field[level], updates[level])
 
 
 def rbm_views(rbm: ConditionalRBM, start: int, stop: int) -> list[Tensor]:
@@ -233,6 +362,7 @@ def _epoch_metrics(
     start: int,
     stop: int,
     before: list[Tensor],
+    stopped: Tensor,
 ) -> dict[str, Any]:
     """Per (timestep, level): reconstruction error, pseudo-likelihood, free-energy gap, update norm; and their means.
 
@@ -249,10 +379,14 @@ def _epoch_metrics(
     errors = [(z - b.visible_logit(b.hidden_logit(z, bias).sigmoid(), f).sigmoid()).abs().mean((1, 2)) for b, z, f, bias in valid]
     likelihoods = [log_pseudo_likelihood(b, z, bias, f, METRIC_BITS) for b, z, f, bias in valid]
     gaps = [(v - t) / size for v, t, size in zip(energies["valid"], energies["train"], num_bits, strict=True)]
+    stopped = stopped.to(gaps[0].device)
     norms = [(b.weight - old).square().mean((1, 2)).sqrt() for b, old in zip(blocks, before, strict=True)]
-    still = [start + 1 + int(t) for norm in norms for t in (norm == 0).nonzero()]
+    norms = [norm.masked_fill(stopped, 0.0) for norm in norms]
+    still = [start + 1 + int(t) for norm in norms for t in ((norm == 0) & ~stopped).nonzero()]
     if still:
         raise RunFailed(f"timesteps {sorted(set(still))} made no update in the last step of an epoch; raise the learning rate")
+    beta = schedule.beta[start + 1 : stop + 1]
+    alive = [health(b, z, bias, f, beta) for b, z, f, bias in valid]
     named = {
         "reconstruction_error": errors,
         "pseudo_likelihood": likelihoods,
@@ -263,35 +397,56 @@ def _epoch_metrics(
     return {
         **{f"mean_{name}": table.mean() for name, table in tables.items()},
         **{f"{name}_by_timestep_and_level": table for name, table in tables.items()},
+        **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
+        "dead_bits_by_level": dead_bits(codes["train"]),
     }
 
 
-def _train_baselines(config: Config, codes: list[Tensor], state: TrainState, plan: Plan) -> Iterator[Record]:
-    """The plain RBMs by persistent contrastive divergence and the logistic chain by cross entropy, side by side."""
-    bits = torch.cat(codes, 1)
-    logistic: Stepper = state.stateful["logistic_chain"]
+def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
+    """The plain RBMs by persistent contrastive divergence, logistic chain and denoiser by gradient, side by side."""
+    bits, valid = (torch.cat(codes[split], 1) for split in ("train", "valid"))
     schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
     fresh = state.step == plan.chain_end
     rbms = {name: state.modules[name] for name in RBM_BASELINES}
     if fresh:
         state.modules["independent_bits"].fit(bits)
+        state.modules["logistic_chain"].initialise(bits.mean(0), schedule)
+        state.modules["denoiser"].initialise(bits.mean(0))
         for rbm in rbms.values():
             rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
     views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
-    step_optimizers = {name: _attach_optimizer(config, state, name, [view], fresh) for name, view in views.items()}
+    plain = plain_rbm_config(config)
+    step_optimizers = {name: _attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
+    rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
+    updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
     field, context = bits.new_zeros(1, 1, bits.shape[1]), bits.new_zeros(1, config.batch_size, 0)
     batches = Batches({"bits": bits}, config.seed, config.batch_size)
     state.stage = BASELINES
     while state.step < plan.total_steps:
         step = state.step - plan.chain_end
-        batch = batches(step)["bits"]
-        rate = learning_rate(logistic.config, step, plan.baseline_steps)
         for name, view in views.items():
-            with torch.no_grad():
-                block, data = Block(*view), batch.unsqueeze(0)
-                bias, update = block.context_bias(context), rbm_update(config, view, rate)
-                contrastive_step(block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update)
-            step_optimizers[name](rate)
-        report = logistic.step(batch, lambda model, clean: model.loss(clean, schedule))
+            for index in range(updates[name] * step, updates[name] * (step + 1)):
+                rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
+                with torch.no_grad():
+                    block, data = Block(*view), batches(index)["bits"].unsqueeze(0)
+                    bias, update = block.context_bias(context), rbm_update(plain, view, rate)
+                    contrastive_step(
+                        block, rbms[name].chains, data, data, context, bias, field, "pcd", config.gibbs_sweeps, update
+                    )
+                step_optimizers[name](rate)
+        batch = batches(step)["bits"]
+        metrics: dict[str, Any] = {}
+        for name in GRADIENT_BASELINES:
+            report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
+            metrics[f"{name}_loss"] = report["loss"]
         state.step += 1
-        yield Record({"logistic_loss": report["loss"]}, state.step == plan.total_steps, config.batch_size)
+        last = state.step == plan.total_steps
+        epoch, position = divmod(step + 1, plan.steps_per_epoch)
+        if last or (position == 0 and epoch % VALIDATE_BASELINES_EVERY == 0):
+            for name, values in baseline_values(state.modules, valid, schedule, config.seed).items():
+                keeper: EarlyStopping = state.stateful[f"{name}_best"]
+                keeper.judge(0, values, epoch)
+                metrics[f"{name}_valid"] = values.mean()
+                if last:
+                    keeper.restore(0, len(values))
+        yield Record(metrics, last, config.batch_size)
