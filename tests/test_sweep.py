@@ -253,7 +253,7 @@ def test_the_time_budget_is_the_whole_sweeps(digits, monkeypatch, tmp_path):
         time.sleep(0.6)
         folder = RunFolder(tmp_path / "runs" / run_id)
         folder.path.mkdir()
-        summary = {"status": "complete", "why": "", "metrics": {"loss": 1.0}, "wall_seconds": 0.6, "data": {"synthetic": False}}
+        summary = {"status": "complete", "why": "", "metrics": {"loss": 1.0}, "wall_seconds": 0.6}
         write_json(folder.run_json, summary)
         return 0
 
@@ -285,6 +285,7 @@ def test_every_metric_of_a_target_is_shown(monkeypatch, tmp_path, capfd):
     assert {e["metric"] for e in found["estimates"]} == named | {"autoencoder/psnr_test_db", "mean_image/psnr_test_db"}
     for run in found["runs"]:
         metrics = RunFolder(tmp_path / "runs" / run["run_id"]).summary()["metrics"]
+        assert "SMOKE RUN" in run["stamp"]
         of_this = [e for e in found["estimates"] if e["values"] == run["values"]]
         assert len(of_this) == len(named) + 2
         assert all(e["mean"] == metrics[e["metric"]] for e in of_this)

@@ -60,11 +60,6 @@ class Data:
         return replace(self, **moved)
 
 
-def origin(synthetic: bool | None) -> str:
-    """What a picture says about data that are not known to be real."""
-    return {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[synthetic]
-
-
 def batch_indices(seed: int, step: int, num_examples: int, batch_size: int) -> Tensor:
     """Indices of the batch of a global step: epoch `e` walks a permutation that depends on (seed, e) only.
 

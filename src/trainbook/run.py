@@ -20,7 +20,7 @@ from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
 from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
-from trainbook.data import Data, origin
+from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
 from trainbook.errors import UserError, is_out_of_memory
 from trainbook.files import file_sha256, read_lines, write_json

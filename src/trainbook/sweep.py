@@ -1,6 +1,7 @@
 """Every combination of some fields' values with every seed, each an ordinary run, and what the fields do to the metrics."""
 
 import itertools
+import json
 import math
 import re
 import threading
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from trainbook import catalog, plots, runtime
 from trainbook.config import BaseConfig
-from trainbook.data import origin
 from trainbook.errors import UserError
 from trainbook.files import write_atomic, write_json
 from trainbook.intervals import t_interval
@@ -298,9 +298,10 @@ def _show(sweep: Sweep, found: list[Estimate], results: dict[str, Result], metri
     """Print the table, draw the picture, and name what failed and what nobody measured."""
     if found:
         print(f"\n{table(found)}\n")
-        origins = {origin(result.synthetic) for result in results.values() if result.status == "complete"}
-        footnote = " · ".join([sweep.name, *sorted(filter(None, origins))])
-        write_atomic(sweep.folder / "sweep.png", plots.to_png(draw(found), footnote))
+        complete = {run_id: result for run_id, result in results.items() if result.status == "complete"}
+        stamps = dict.fromkeys(mark for result in complete.values() for mark in result.stamp)
+        footnote, description = " · ".join([sweep.name, *stamps]), json.dumps({"sweep": sweep.name, "runs": list(complete)})
+        write_atomic(sweep.folder / "sweep.png", plots.to_png(draw(found), footnote, description))
         print(f"picture {sweep.folder / 'sweep.png'}")
     print(f"summary {sweep.folder / 'sweep.json'}")
     shown = {part for estimate in found for part in (estimate.metric, estimate.metric.rpartition("/")[2])}

@@ -26,14 +26,14 @@ class Result:
         why: of run.json.
         metrics: held-out metrics of a complete run.
         seconds: that it trained and measured.
-        synthetic: whether its data were.
+        stamp: what its pictures say of it, such as "SYNTHETIC DATA".
     """
 
     status: str
     why: str
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    synthetic: bool | None = None
+    stamp: tuple[str, ...] = ()
 
 
 def run_trial(
@@ -75,9 +75,9 @@ def read_result(folder: RunFolder) -> Result:
     if not folder.run_json.is_file():
         return Result("waiting", "")
     summary = folder.summary()
-    status, seconds, synthetic = summary["status"], summary["wall_seconds"], summary["data"]["synthetic"]
-    status = "stopped" if status == "running" else status
-    return Result(status, summary["why"], summary["metrics"] if status == "complete" else {}, seconds, synthetic)
+    status = "stopped" if summary["status"] == "running" else summary["status"]
+    metrics = summary["metrics"] if status == "complete" else {}
+    return Result(status, summary["why"], metrics, summary["wall_seconds"], tuple(summary.get("stamp", ())))
 
 
 def text_of(value: Any) -> str:
