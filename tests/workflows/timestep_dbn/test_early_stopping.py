@@ -159,8 +159,8 @@ def stopping_run(tmp_path, **choices):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_stopped_timesteps_cost_nothing_and_keep_their_best_weights(tmp_path, monkeypatch, optimizer):
-    stepped, original = [], training._update_chain
-    monkeypatch.setattr(training, "_update_chain", lambda *a: (stepped.append(a[4:6]), original(*a)))
+    stepped, original = [], training.ChainStep.__call__
+    monkeypatch.setattr(training.ChainStep, "__call__", lambda *a: (stepped.append(a[3:5]), original(*a)))
     config, data, state = stopping_run(tmp_path, optimizer=optimizer)
     drive(config, data, state, 4)
     records, likelihoods, weights, kept = training.train(config, data, state), [], [], []
