@@ -36,3 +36,24 @@ def test_the_schedule_is_drawn_as_torch_will_follow_it():
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([expected[int(step)] for step in steps], rel=1e-6)
+
+
+def test_bars_stand_in_rows_of_three_with_intervals_of_95_percent():
+    metrics = {f"{who}/m{index}": 1.0 + index for index in range(4) for who in ("model", "base")}
+    metrics["model/m1_standard_error"] = 0.25
+    figure = plots.baseline_bars(metrics, ["m0", "m1", "m2", "m3"])
+    drawn = [panel for panel in figure.axes if panel.patches]
+    assert [panel.get_title() for panel in drawn] == ["m0", "m1", "m2", "m3"]
+    assert len({panel.get_subplotspec().rowspan.start for panel in drawn}) == 2
+    (bars,) = [segments for panel in drawn for segments in panel.collections]
+    assert bars in drawn[1].collections
+    ends = sorted(x for segment in bars.get_segments() for x, _ in segment)
+    assert (ends[0], ends[-1]) == pytest.approx((2 - 1.96 * 0.25, 2 + 1.96 * 0.25), abs=1e-3)
+
+
+def test_phase_times_are_named_with_their_share():
+    figure = plots.phase_times({"autoencoder": 30.0, "chain": 60.0, "evaluation": 10.0})
+    (panel,) = figure.axes
+    assert [bar.get_width() for bar in panel.patches] == [30, 60, 10]
+    assert [text.get_text() for text in panel.texts] == ["30.0 s, 30%", "60.0 s, 60%", "10.0 s, 10%"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["autoencoder", "chain", "evaluation"]

@@ -256,7 +256,7 @@ class Run:
 
     def _stamp(self) -> list[str]:
         """What everything that this run makes says of itself."""
-        real = origin(self.data.synthetic)
+        real = {True: "SYNTHETIC DATA", False: "", None: "data of unknown origin"}[self.data.synthetic]
         checked = "authentic" if self.authentic else "authenticity not checked"
         return [mark for mark in ("SMOKE RUN" if self.preset == "smoke" else "", checked, real) if mark]
 

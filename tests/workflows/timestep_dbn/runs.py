@@ -17,7 +17,8 @@ from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
 from trainbook.workflows.timestep_dbn.images import load_data
 from trainbook.workflows.timestep_dbn.later_stages import later_modules, later_optimizers
-from trainbook.workflows.timestep_dbn.training import Plan, build, rbm_adam, rbm_views, train, training_parts
+from trainbook.workflows.timestep_dbn.stages import Plan
+from trainbook.workflows.timestep_dbn.training import build, rbm_adam, rbm_views, train, training_parts
 
 
 class BitCodes(nn.Module):

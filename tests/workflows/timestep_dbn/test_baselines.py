@@ -22,7 +22,7 @@ from tests.workflows.timestep_dbn.enumeration import (
 from tests.workflows.timestep_dbn.runs import digits_run, drive
 from trainbook.data import Data
 from trainbook.state import TrainState
-from trainbook.workflows.timestep_dbn import training
+from trainbook.workflows.timestep_dbn import baseline_training
 from trainbook.workflows.timestep_dbn.baselines import (
     IndependentBits,
     LogisticChain,
@@ -99,13 +99,13 @@ def train_baselines(config: Config, data: Data, state: TrainState, steps: int) -
 
 
 def test_small_rbm_gets_its_share_of_the_time(tmp_path, monkeypatch):
-    seen, original = [], training.PlainStep.__call__
+    seen, original = [], baseline_training.PlainStep.__call__
 
     def count(step, *rest):
         seen.append(step.rbm.weight.shape[2])
         original(step, *rest)
 
-    monkeypatch.setattr(training.PlainStep, "__call__", count)
+    monkeypatch.setattr(baseline_training.PlainStep, "__call__", count)
     config, data, state = digits_run(tmp_path, small_rbm_updates=5, baseline_epochs=2)
     train_baselines(config, data, state, 8)
     widths = {name: state.modules[name].weight.shape[2] for name in ("monolithic_rbm", "small_rbm")}
@@ -115,7 +115,7 @@ def test_small_rbm_gets_its_share_of_the_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["monolithic_rbm", "small_rbm", "logistic_chain", "denoiser"])
 def test_every_baseline_keeps_its_best_epoch(tmp_path, monkeypatch, name):
-    values, original = [], training.baseline_values
+    values, original = [], baseline_training.baseline_values
     falling = itertools.count(0, -1)
 
     def worse_and_worse(*arguments):
@@ -124,7 +124,7 @@ def test_every_baseline_keeps_its_best_epoch(tmp_path, monkeypatch, name):
         worth = float(next(falling))
         return {key: torch.full_like(value, worth) for key, value in measured.items()}
 
-    monkeypatch.setattr(training, "baseline_values", worse_and_worse)
+    monkeypatch.setattr(baseline_training, "baseline_values", worse_and_worse)
     config, data, state = digits_run(tmp_path, baseline_epochs=9)
     train_baselines(config, data, state, 36)
     assert len(values) == 3  # after epochs 4, 8 and 9

@@ -8,7 +8,7 @@ import torch
 
 from tests.workflows.timestep_dbn.runs import digits_run, drive, tensors
 from trainbook.workflows.timestep_dbn import evaluation
-from trainbook.workflows.timestep_dbn.training import Plan
+from trainbook.workflows.timestep_dbn.stages import Plan
 
 LATER = {
     "layers, Adam": {"depth": (2, 1, 3), "block_size": 2},

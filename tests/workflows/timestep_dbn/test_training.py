@@ -17,7 +17,8 @@ from trainbook.errors import RunFailed
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
-from trainbook.workflows.timestep_dbn.training import Plan, rbm_adam, rbm_views
+from trainbook.workflows.timestep_dbn.stages import Plan
+from trainbook.workflows.timestep_dbn.training import rbm_adam, rbm_views
 
 
 def test_blocks_of_timesteps_update_as_the_whole_does():

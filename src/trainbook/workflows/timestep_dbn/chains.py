@@ -12,8 +12,9 @@ from trainbook.workflows.timestep_dbn.chain import TimestepDBN, reverse_step
 from trainbook.workflows.timestep_dbn.depth import deep_factors, deep_reverse_step
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule
 from trainbook.workflows.timestep_dbn.joint import joint_factors, joint_reverse_step
-from trainbook.workflows.timestep_dbn.later_stages import DEPTH, JOINT
+from trainbook.workflows.timestep_dbn.later_stages import DEPTH
 from trainbook.workflows.timestep_dbn.likelihood import Factors, chain_factors
+from trainbook.workflows.timestep_dbn.stages import JOINT
 
 
 class Chain(NamedTuple):

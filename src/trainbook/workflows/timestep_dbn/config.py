@@ -126,7 +126,9 @@ class Config(BaseConfig):
     baseline_epochs: int = Field(default=100, ge=1)
     """Passes over the training codes for the baselines; the small RBM takes more, see small_rbm_updates."""
     baseline_learning_rate: float = Field(default=2e-3, gt=0, le=10)
-    """Rate of the monolithic RBM and the logistic step, lowered to a tenth by a cosine; so are the other baselines'."""
+    """Rate of the logistic step, lowered to a tenth by a cosine; so are those of the other baselines."""
+    monolithic_rbm_learning_rate: float = Field(default=5e-3, gt=0, le=10)
+    """Rate of the RBM of the chain's size."""
     denoiser_learning_rate: float = Field(default=1e-3, gt=0, le=10)
     """Rate of the denoiser."""
     small_rbm_learning_rate: float = Field(default=1e-3, gt=0, le=10)

@@ -13,7 +13,7 @@ from trainbook.comparison import ABOVE, STANDARD_ERROR, interval
 from trainbook.data import Data
 from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
-from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, rbm_reverse_step
+from trainbook.workflows.timestep_dbn.baselines import GRADIENT_BASELINES, RBM_BASELINES, rbm_reverse_step
 from trainbook.workflows.timestep_dbn.chain import (
     diffuse,
     fields,
@@ -33,7 +33,6 @@ START_FLIP = 0.25  # bit errors are measured from the largest t with c_t below t
 FLIP_RATES = (0.01, 0.05, 0.1)
 
 Reverse = Callable[[Tensor, int], Tensor]
-GRADIENT_BASELINES = ("logistic_chain", "denoiser")  # their reverse steps treat bits apart: the mean over z_{t-1} is exact
 
 
 @torch.no_grad()

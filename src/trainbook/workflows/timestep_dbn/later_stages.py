@@ -22,8 +22,9 @@ from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.joint import JointDBN, JointStage
 from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_adam, rbm_update
+from trainbook.workflows.timestep_dbn.stages import JOINT, later_epochs
 
-DEPTH, JOINT = "depth", "joint"  # names of modules; JOINT is also the stage's and its optimizer's
+DEPTH = "depth"  # name of the module
 
 
 class LaterStage(Protocol):
@@ -43,12 +44,6 @@ class LaterStage(Protocol):
 
     def end(self, start: int, stop: int) -> dict[str, Any]:
         """Set the timesteps to what is kept of them; what is measured then."""
-
-
-def later_epochs(config: Config) -> dict[str, int]:
-    """The stages after the chain in their order, with the epochs of each block."""
-    layers = {f"layer_{number}": config.epochs_per_timestep for number in range(2, max(config.depth) + 1)}
-    return {**layers, JOINT: config.joint_epochs} if config.joint_epochs else layers
 
 
 def later_modules(config: Config, dbn: TimestepDBN) -> dict[str, nn.Module]:

@@ -23,7 +23,7 @@ from trainbook.workflows.timestep_dbn.evaluation import (
 )
 from trainbook.workflows.timestep_dbn.hidden_units import draw_hidden_usage, hidden_usage
 from trainbook.workflows.timestep_dbn.sample_pictures import HELD_OUT, draw_distances, draw_neighbours
-from trainbook.workflows.timestep_dbn.training import CHAIN
+from trainbook.workflows.timestep_dbn.stages import CHAIN
 
 GRID = 10  # images per row
 NUM_SHOWN = 8  # samples over t, and the number of t

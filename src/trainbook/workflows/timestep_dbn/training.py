@@ -1,8 +1,6 @@
 """Builds and trains the timestep-specific DBN: autoencoder, then the chain block by block, then the baselines."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from trainbook.state import TrainState
 from trainbook.stepper import Stepper
 from trainbook.workflows.timestep_dbn.autocorrelation import measure, settle_sweeps
 from trainbook.workflows.timestep_dbn.autoencoder import BinaryAutoencoder, autoencoder_loss, encode_all, level_sizes
+from trainbook.workflows.timestep_dbn.baseline_training import plain_rbm_config, train_baselines
 from trainbook.workflows.timestep_dbn.baselines import RBM_BASELINES, IndependentBits, LogisticChain, monolithic_rbm, small_rbm
 from trainbook.workflows.timestep_dbn.blocks import CPU_TILE, METRIC_ROWS, Blocks, release
 from trainbook.workflows.timestep_dbn.chain import TimestepDBN, diffuse, fields
-from trainbook.workflows.timestep_dbn.chain_step import ChainStep, PlainStep, pays_to_compile
+from trainbook.workflows.timestep_dbn.chain_step import ChainStep, pays_to_compile
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.correlation_penalty import CorrelationPenalty
 from trainbook.workflows.timestep_dbn.denoiser import Denoiser
@@ -31,7 +30,6 @@ from trainbook.workflows.timestep_dbn.diagnostics import dead_bits, health, hint
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, flip_schedule
 from trainbook.workflows.timestep_dbn.early_stopping import EarlyStopping
 from trainbook.workflows.timestep_dbn.later_stages import (
-    later_epochs,
     later_keepers,
     later_modules,
     later_optimizers,
@@ -42,54 +40,11 @@ from trainbook.workflows.timestep_dbn.optimizers import attach_optimizer, rbm_ad
 from trainbook.workflows.timestep_dbn.pretrained import check_codes
 from trainbook.workflows.timestep_dbn.rbm import Block, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.self_test import check_computation
-from trainbook.workflows.timestep_dbn.validation import baseline_values, chain_values, same_numbers
+from trainbook.workflows.timestep_dbn.stages import AUTOENCODER, CHAIN, Plan
+from trainbook.workflows.timestep_dbn.validation import chain_values, same_numbers
 
-AUTOENCODER, CHAIN, BASELINES = "autoencoder", "chain", "baselines"
 BLOCKS, PENALTY = "blocks", "correlation_penalty"
 METRIC_BITS = 64  # bits per level that the per-epoch pseudo-likelihood looks at
-GRADIENT_BASELINES = ("logistic_chain", "denoiser")
-VALIDATE_BASELINES_EVERY = 4  # epochs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Steps of every stage, from the config and the number of training images."""
-
-    steps_per_epoch: int
-    autoencoder_steps: int
-    block_steps: int
-    blocks: list[tuple[int, int]]
-    baseline_steps: int
-    later_steps: int = 0
-
-    @classmethod
-    def of(cls, config: Config, num_images: int, bounds: Sequence[int] = ()) -> "Plan":
-        """The plan of a run; `bounds` of the blocks are the config's where they are not given."""
-        steps = num_images // config.batch_size
-        bounds = bounds or [*range(0, config.timesteps, config.block_timesteps), config.timesteps]
-        return cls(
-            steps_per_epoch=steps,
-            autoencoder_steps=0 if config.autoencoder else steps * config.autoencoder_epochs,
-            block_steps=steps * config.epochs_per_timestep,
-            blocks=[] if config.stage == AUTOENCODER else list(pairwise(bounds)),
-            baseline_steps=0 if config.stage == AUTOENCODER else steps * config.baseline_epochs,
-            later_steps=0 if config.stage == AUTOENCODER else steps * (len(bounds) - 1) * sum(later_epochs(config).values()),
-        )
-
-    @property
-    def chain_end(self) -> int:
-        """Global step at which the chain is trained."""
-        return self.autoencoder_steps + self.block_steps * len(self.blocks)
-
-    @property
-    def baselines_begin(self) -> int:
-        """Global step at which the baselines are next: after the chain and what goes on from it."""
-        return self.chain_end + self.later_steps
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all stages."""
-        return self.baselines_begin + self.baseline_steps
 
 
 def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
@@ -136,11 +91,6 @@ def build(config: Config, data: Data, runtime: Runtime) -> TrainState:
     )
 
 
-def plain_rbm_config(config: Config) -> Config:
-    """The config as the plain RBMs' optimizer reads it."""
-    return config.model_copy(update={"weight_decay": config.baseline_weight_decay})
-
-
 def training_parts(config: Config, modules: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
     """What trains the baselines by gradient, and what keeps the best epoch of the chain and of every baseline."""
     rates = {"logistic_chain": config.baseline_learning_rate, "denoiser": config.denoiser_learning_rate}
@@ -184,7 +134,7 @@ def _train_stages(config: Config, data: Data, state: TrainState) -> Iterator[Rec
             release(state.optimizers["dbn"], 0)
         plan = _plan(config, data, state)
         yield from train_later(config, codes, state, plan.blocks, plan.chain_end)
-        yield from _train_baselines(config, codes, state, plan)
+        yield from train_baselines(config, codes, state, plan)
 
 
 def _plan(config: Config, data: Data, state: TrainState) -> Plan:
@@ -342,49 +292,3 @@ def _epoch_metrics(
         **{f"{name}_by_timestep_and_level": torch.stack([level[name] for level in alive], 1) for name in alive[0]},
         "dead_bits_by_level": dead_bits(codes["train"]),
     }
-
-
-def _train_baselines(config: Config, codes: dict[str, list[Tensor]], state: TrainState, plan: Plan) -> Iterator[Record]:
-    """The plain RBMs by persistent contrastive divergence, logistic chain and denoiser by gradient, side by side."""
-    bits, valid = (torch.cat(codes[split], 1) for split in ("train", "valid"))
-    schedule = flip_schedule(config.timesteps, config.schedule).to(bits.device)
-    fresh = state.step == plan.baselines_begin
-    rbms = {name: state.modules[name] for name in RBM_BASELINES}
-    if fresh:
-        state.modules["independent_bits"].fit(bits)
-        state.modules["logistic_chain"].initialise(bits.mean(0), schedule)
-        state.modules["denoiser"].initialise(bits.mean(0))
-        for rbm in rbms.values():
-            rbm.initialise_visible_bias(bits.mean(0, keepdim=True))
-    views = {name: rbm_views(rbm, 0, 1) for name, rbm in rbms.items()}
-    plain = plain_rbm_config(config)
-    step_optimizers = {name: attach_optimizer(plain, state, name, [view], fresh) for name, view in views.items()}
-    rates = {"monolithic_rbm": config.baseline_learning_rate, "small_rbm": config.small_rbm_learning_rate}
-    updates = {"monolithic_rbm": 1, "small_rbm": config.small_rbm_updates}  # per step
-    compiled = pays_to_compile(config, state.modules["dbn"], plan.block_steps * len(plan.blocks))
-    step_rbms = {name: PlainStep(config, rbm, stream, compiled) for stream, (name, rbm) in enumerate(rbms.items(), 1)}
-    batches = Batches({"bits": bits}, config.seed, config.batch_size)
-    state.stage = BASELINES
-    while state.step < plan.total_steps:
-        step = state.step - plan.baselines_begin
-        for name, view in views.items():
-            for index in range(updates[name] * step, updates[name] * (step + 1)):
-                rate = learning_rate(config.optimization(rates[name]), index, updates[name] * plan.baseline_steps)
-                step_rbms[name](batches(index)["bits"], index, rbm_update(plain, view, rate))
-                step_optimizers[name](rate)
-        batch = batches(step)["bits"]
-        metrics: dict[str, Any] = {}
-        for name in GRADIENT_BASELINES:
-            report = state.stateful[name].step(batch, lambda model, clean: model.loss(clean, schedule))
-            metrics[f"{name}_loss"] = report["loss"]
-        state.step += 1
-        last = state.step == plan.total_steps
-        epoch, position = divmod(step + 1, plan.steps_per_epoch)
-        if last or (position == 0 and epoch % VALIDATE_BASELINES_EVERY == 0):
-            for name, values in baseline_values(state.modules, valid, schedule, config.seed).items():
-                keeper: EarlyStopping = state.stateful[f"{name}_best"]
-                keeper.judge(0, values, epoch)
-                metrics[f"{name}_valid"] = values.mean()
-                if last:
-                    keeper.restore(0, len(values))
-        yield Record(metrics, last, config.batch_size)
