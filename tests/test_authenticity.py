@@ -19,7 +19,7 @@ KNOWN = ["--code-channels", "4,8,32", "--autoencoder-width", "64"]  # the file n
 def asked(monkeypatch):
     """What `trainbook run` would train."""
     calls = []
-    monkeypatch.setattr(command_line, "_execute", lambda *arguments: calls.append(arguments) or 0)
+    monkeypatch.setattr(command_line, "execute", lambda *arguments: calls.append(arguments) or 0)
     return calls
 
 

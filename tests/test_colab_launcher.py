@@ -125,7 +125,7 @@ def test_a_run_whose_machine_is_lost_goes_on_in_a_new_one_and_ends_like_an_unint
 
 
 def test_an_error_of_the_run_is_no_success_though_the_client_ends_with_zero(launch, stand_in, tmp_path, capfd):
-    impossible = {"dataset": "file", "data_file": "not-there.npz"}
+    impossible = {"dataset": "file", "data_file": "/not-there.npz"}
     arguments = options("broken", impossible)
     with pytest.raises(launch.RunFailed, match="did not begin"):
         launch.main(arguments)

@@ -76,7 +76,7 @@ def test_what_a_block_takes_is_within_a_quarter_of_what_was_measured(choices):
     steps = 160 // config.batch_size * (2 if config.block_size else 1)  # the second block takes the place of the first
     measured = measured_peak(config, data, state, steps)
     estimated = sum(block_allocations(config, state.modules["dbn"], config.block_timesteps, 0, on_cpu=True).values())
-    assert 0.8 < measured / estimated < 1.25
+    assert 0.75 < measured / estimated < 1.25
 
 
 def chain_of(config: Config) -> TimestepDBN:
@@ -210,9 +210,9 @@ def test_a_halved_block_goes_on_from_where_it_is(tmp_path, monkeypatch):
     config, data, state = digits_run(tmp_path, **choices)
     drive(config, data, state, 4 + 3)
     saved = tensors(state)
-    original = training._update_chain
+    original = ChainStep.__call__
     monkeypatch.setattr(
-        training, "_update_chain", lambda *a: (_ for _ in ()).throw(OUT_OF_MEMORY) if a[5] - a[4] == 4 else original(*a)
+        ChainStep, "__call__", lambda *a: (_ for _ in ()).throw(OUT_OF_MEMORY) if a[4] - a[3] == 4 else original(*a)
     )
     drive(config, data, state, 4 + 4)
     optimizer = state.optimizers["dbn"]
@@ -251,7 +251,7 @@ def test_a_process_that_really_runs_out_of_memory_trains_smaller_blocks(tmp_path
 
 def test_other_errors_are_not_taken_for_lack_of_memory(tmp_path, monkeypatch):
     config, data, state = digits_run(tmp_path)
-    monkeypatch.setattr(training, "_update_chain", lambda *_: (_ for _ in ()).throw(RuntimeError("illegal access")))
+    monkeypatch.setattr(ChainStep, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("illegal access")))
     with pytest.raises(RuntimeError, match="illegal access"):
         drive(config, data, state)
 
