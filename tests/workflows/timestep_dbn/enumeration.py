@@ -125,7 +125,7 @@ def phases_of(block: Block, data: Tensor, context: Tensor, model: Tensor) -> Pha
     phases = Phases(block, data.shape[1])
     for target, value in ((phases.data, data), (phases.model, model), (phases.context, context)):
         target.copy_(value)
-    phases.set_bias(block)
+    phases.load(block)
     return phases
 
 

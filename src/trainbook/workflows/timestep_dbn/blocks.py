@@ -27,7 +27,8 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
     """What training a block takes on top of the chain itself, from the shapes, in bytes of float32.
 
     Gradients cost n P with P = sum_l (V H + V + H + G H)_l, Adam's moments twice that. A step works, for the m timesteps
-    it takes at once, in m B sum_l (3 V + 4 H + G) for the phases and, uncompiled, twice the largest level's 2 m B max(V, H).
+    it takes at once, in m B sum_l (3 V + 4 H + G) for the phases and, uncompiled, twice the largest level's 2 m B max(V, H); with
+    products in 16 bits also in their operands and results, half of m (B sum_l (2 V + 2 H + G) + 2 sum_l (V H + G H)).
     The metrics of an epoch make n R (2 sum_l (3 V + H) + sum_l (G + V) + 4 max_l H).
 
     Args:
@@ -45,12 +46,17 @@ def block_allocations(config: Config, dbn: TimestepDBN, timesteps: int, num_imag
     bits, hidden, contexts = (sum(shape[i] for shape in shapes) for i in range(3))
     step = min(timesteps, CPU_TILE if on_cpu else timesteps) * config.batch_size
     metrics = 2 * (3 * bits + hidden) + contexts + bits + 4 * max(H for _, H, _ in shapes)
+    in_16_bits = 0
+    if config.rbm_precision != "float32":
+        weights = sum(V * H + G * H for V, H, G in shapes)
+        in_16_bits = step // 2 * (2 * bits + 2 * hidden + contexts) + step // config.batch_size * weights
     floats = {
         "codes of the images": num_images * bits,
         "gradients": parameters,
         "moments of the optimizer": 2 * parameters if config.optimizer == "adam" else 0,
         "weights at the start of an epoch's last step": timesteps * sum(V * H for V, H, _ in shapes),
         "what a step works in": step * (3 * bits + 4 * hidden + contexts + 4 * max(max(V, H) for V, H, _ in shapes)),
+        "products in 16 bits": in_16_bits,
         "what the metrics of an epoch make": timesteps * METRIC_ROWS * metrics,
     }
     return {name: 4 * number for name, number in floats.items()}

@@ -14,6 +14,7 @@ from trainbook.workflows.timestep_dbn.contrastive import MESSAGE, TRANSITION, Ph
 from trainbook.workflows.timestep_dbn.cuda_graphs import CudaGraphs
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule, transition_thresholds
 from trainbook.workflows.timestep_dbn.elementwise import Elementwise
+from trainbook.workflows.timestep_dbn.products import product_dtype
 from trainbook.workflows.timestep_dbn.random_bits import RandomKeys, threshold
 from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
@@ -52,7 +53,8 @@ class ChainStep:
         schedule = flip_schedule(config.timesteps, config.schedule)
         self._thresholds = threshold(transition_thresholds(schedule)).to(device)
         self._coupling = schedule.coupling[1:].float().view(-1, 1, 1).to(device)
-        self._phases = [Phases(block, config.batch_size) for block in dbn.blocks(0, timesteps)]
+        dtype = product_dtype(config.rbm_precision, device)
+        self._phases = [Phases(block, config.batch_size, dtype) for block in dbn.blocks(0, timesteps)]
         self._kernels = Elementwise(compiled, largest(self._phases), device)
         self._graphs = CudaGraphs() if compiled and device.type == "cuda" else None
         uses = len(dbn.levels) * num_draws(config.gibbs_sweeps)
@@ -80,7 +82,7 @@ class ChainStep:
                 of_noise = here.context[..., dbn.coarser[level] :].split(dbn.level_sizes, 2)
                 for part, each in zip(of_noise, phases, strict=True):
                     part.copy_(each.signs)
-            here.set_bias(block)
+            here.load(block)
             message = phases[level - 1].context[..., : dbn.coarser[level - 1]] if level else None
             if message is not None and config.context == "bits":
                 message.copy_(here.data)
@@ -108,7 +110,7 @@ class PlainStep:
 
     def __init__(self, config: Config, rbm: ConditionalRBM, stream: int, compiled: bool) -> None:
         self._sweeps, self.rbm, device = config.gibbs_sweeps, rbm, rbm.weight.device
-        self._phases = Phases(rbm.block(0, 1), config.batch_size)
+        self._phases = Phases(rbm.block(0, 1), config.batch_size, product_dtype(config.rbm_precision, device))
         self._kernels = Elementwise(compiled, largest([self._phases]), device)
         self._keys = RandomKeys(config.seed, stream, num_draws(config.gibbs_sweeps), 1, device)
 
@@ -117,7 +119,7 @@ class PlainStep:
         """One step from a batch of bits, (B, V); `index` counts the RBM's own."""
         block, phases = self.rbm.block(0, 1), self._phases
         phases.data.copy_(bits)
-        phases.set_bias(block)
+        phases.load(block)
         contrastive_step(block, phases, self.rbm.chains, None, "pcd", self._sweeps, update, self._keys(index), self._kernels)
 
 

@@ -112,6 +112,9 @@ class Config(BaseConfig):
     acceleration: Literal["auto", "off", "compiled"] = "auto"
     """Kernels of the RBMs' training compiled by torch, or not; auto: on a CPU, when the chain trains long enough to gain. The
     numbers are the same bit for bit; the first compilation of a machine takes about a minute."""
+    rbm_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the RBMs' products: bits are exact in 16 bits, weights and probabilities are rounded while W itself stays float32.
+    Faster on cards with 16-bit units and on CPUs with AVX512-BF16 or AMX; a warning says where it is slower."""
     tf32: bool = False
     """On NVIDIA cards from Ampere on: float32 products with 10 bits of mantissa, several times faster."""
 

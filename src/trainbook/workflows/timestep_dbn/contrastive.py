@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainbook.layers import blend_, product
+from trainbook.layers import blend_
 from trainbook.workflows.timestep_dbn.elementwise import Elementwise
+from trainbook.workflows.timestep_dbn.products import Products
 from trainbook.workflows.timestep_dbn.random_bits import unit_index
 from trainbook.workflows.timestep_dbn.rbm import Block
 
@@ -64,6 +65,7 @@ class Phases:
     Args:
         block: the largest block that it is for, for its shapes.
         batch: B.
+        dtype: of the operands of products; None for the block's own.
 
     Attributes:
         visible: [z+; z-], (T, 2B, V); `data` and `model` are its halves.
@@ -72,10 +74,11 @@ class Phases:
         signs: 2 z_t - 1, (T, B, V).
         context: g, (T, B, G).
         bias: b + gU, (T, B, H).
+        products: with the weights that were loaded.
         visible_index, hidden_index: of the random numbers, (1, B, V) and (1, B, H).
     """
 
-    def __init__(self, block: Block, batch: int) -> None:
+    def __init__(self, block: Block, batch: int, dtype: torch.dtype | None = None) -> None:
         timesteps, V, H = block.weight.shape
         G = block.context_weight.shape[1]
         sizes = {
@@ -83,6 +86,7 @@ class Phases:
             "context": (batch, G), "bias": (batch, H),
         }  # fmt: skip
         self._whole = {name: block.weight.new_zeros(timesteps, *size) for name, size in sizes.items()}
+        self.products = Products(block, dtype or block.weight.dtype)
         self.visible_index, self.hidden_index = (unit_index(batch, size, block.weight.device) for size in (V, H))
         self.take(timesteps)
 
@@ -94,11 +98,12 @@ class Phases:
         self.data, self.model = self.visible.chunk(2, 1)
         return self
 
-    def set_bias(self, block: Block) -> None:
-        """B + gU from the context."""
+    def load(self, block: Block) -> None:
+        """The block's weights, and b + gU from the context."""
+        self.products.load(block)
         self.bias.copy_(block.hidden_bias.unsqueeze(1))
         if self.context.shape[2]:
-            product(self.context, block.context_weight, out=self.bias, keep=1.0)
+            self.products.add_context(self.context, self.bias)
 
 
 def run_negative_phase(
@@ -117,7 +122,7 @@ def run_negative_phase(
 
     Args:
         block: the RBMs.
-        phases: with `data`, `signs` and `bias`; without a coupling the signs are not looked at.
+        phases: with `data` and `signs`, loaded with the block; without a coupling the signs are not looked at.
         chains: persistent chains, (T, B, V), or (T, B, H) where there is no context.
         coupling: Gamma_t, (T, 1, 1), or None for RBMs without a condition.
         start: at the persistent chains, at z_t, or at z_{t-1}.
@@ -131,13 +136,13 @@ def run_negative_phase(
         if start == "recovery":
             torch.add(phases.signs, 1.0, out=phases.model).mul_(0.5)
         visible = {"pcd": chains, "recovery": phases.model, "cd": phases.data}[start]
-        hidden = product(visible, block.weight, out=phases.state)
+        hidden = phases.products.with_weight(visible, phases.state)
         kernels.draw_hidden(hidden, phases.bias, phases.hidden_index, key)
     for sweep in range(sweeps):
         if sweep:
-            hidden = product(phases.model, block.weight, out=phases.state)
+            hidden = phases.products.with_weight(phases.model, phases.state)
             kernels.draw_hidden(hidden, phases.bias, phases.hidden_index, next(draws))
-        product(hidden, block.weight.transpose(1, 2), out=phases.model)
+        phases.products.with_transposed(hidden, phases.model)
         bias = block.visible_bias.unsqueeze(1)
         kernels.draw_visible(phases.model, bias, coupling, signs, phases.visible_index, next(draws))
 
@@ -158,7 +163,7 @@ def contrastive_update(
 
     Args:
         block: the RBMs.
-        phases: with `visible`, `context` and `bias`.
+        phases: with `visible` and `context`, loaded with the block.
         update: where it goes.
         kernels: compiled or eager.
         message: P(h | z+, g) is written here, (T, B, H), unless None.
@@ -170,15 +175,15 @@ def contrastive_update(
     visible, hidden, batch = phases.visible, phases.hidden, phases.data.shape[1]
     weight, visible_bias, hidden_bias, context_weight = update.targets
     scale = visible.new_tensor(update.scale / batch)
-    product(visible, block.weight, out=hidden)
+    phases.products.with_weight(visible, hidden)
     kernels.weigh_phases(hidden, phases.bias, scale, message, chains, phases.hidden_index, key)
-    product(visible.transpose(1, 2), hidden, out=weight, keep=update.keep)
+    phases.products.add_outer(visible, hidden, weight, update.keep, scale, kernels)
     blend_(hidden_bias, hidden.sum(1), update.keep_bias)
     blend_(visible_bias, (phases.data.sum(1) - phases.model.sum(1)).mul_(scale), update.keep_bias)
     if phases.context.shape[2]:
         positive, negative = hidden.chunk(2, 1)
         difference = torch.add(positive, negative, out=phases.state)
-        product(phases.context.transpose(1, 2), difference, out=context_weight, keep=update.keep)
+        phases.products.add_outer(phases.context, difference, context_weight, update.keep, scale, kernels)
 
 
 def contrastive_step(

@@ -143,6 +143,11 @@ def draw_bits(probability: Tensor, index: Tensor, key: Tensor, scratch: Scratch 
     _draw(probability, index, key, probability, scratch)
 
 
+def add_change(target: Tensor, change: Tensor, keep: Tensor, scale: Tensor, scratch: Scratch = None) -> None:
+    """Target <- keep target + scale change, where the change is in 16 bits; (T, N, M) each, `keep` and `scale` scalar tensors."""
+    target.mul_(keep).add_(change.float().mul_(scale))
+
+
 class Elementwise:
     """The functions above, compiled or with the memory they need in eager mode.
 
@@ -164,6 +169,7 @@ class Elementwise:
         self.draw_hidden: Callable[..., None] = prepare(draw_hidden)
         self.draw_bits: Callable[..., None] = prepare(draw_bits)
         self.weigh_phases: Callable[..., None] = prepare(weigh_phases)
+        self.add_change: Callable[..., None] = prepare(add_change)
 
 
 def _draw(probability: Tensor, index: Tensor, key: Tensor, out: Tensor, scratch: Scratch) -> None:

@@ -142,7 +142,7 @@ def _check_gradients(tiny: _Tiny) -> dict[str, float]:
         made = Phases(block, batch)
         made.context.copy_(tiny.context.expand_as(made.context))
         made.signs.copy_(tiny.field.sign().expand_as(made.signs))
-        made.set_bias(block)
+        made.load(block)
         return made
 
     kernels = Elementwise(False, T * 2 * SAMPLES * max(V, H), tiny.field.device)
