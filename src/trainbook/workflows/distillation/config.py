@@ -8,9 +8,7 @@ from trainbook.config import BaseConfig
 from trainbook.optimization import OptimizationConfig
 from trainbook.records import Target
 
-Method = Literal[
-    "dkd", "logit_std", "dist", "fitnets", "attention", "rkd", "crd", "multi_teacher", "uniform_teachers"
-]
+Method = Literal["dkd", "logit_std", "dist", "fitnets", "attention", "rkd", "crd", "multi_teacher", "uniform_teachers"]
 Network = Literal["resnet18", "resnet8", "mobilenet", "simple_cnn", "small_cnn"]
 
 _BRIEF_SEEDS = (42, 123, 456, 789, 1024)
@@ -27,7 +25,7 @@ class Config(BaseConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "num_teachers": 2, "teacher_epochs": 3, "student_epochs": 2, "student_seeds": (0, 1), "labels": (100,),
+            "num_teachers": 2, "teacher_epochs": 3, "student_epochs": 2, "student_seeds": (0, 1), "labels": (0,),
             "unlabelled_arm": False, "methods": ("dkd",), "search_arms": 3, "search_epochs": 1, "parallel_pipeline": False,
             "chunk_steps": 8, "teacher_width": 4,
         },

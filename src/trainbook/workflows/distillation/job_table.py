@@ -52,6 +52,7 @@ class JobTable:
         self._under_way: dict[str, dict[str, Any]] = {}
         self._logits: dict[str, Tensor] = {}
         self._accepted: dict[str, bool] = {}
+        self.test_logits: dict[str, Tensor] = {}  # once they are computed; in no checkpoint
 
     def _widths(self) -> list[int]:
         """Of the assistants, evenly spaced in the logarithm of parameters; they are wider students."""
@@ -141,6 +142,12 @@ class JobTable:
         settings = self.rung(regime, last)
         losses = [self._losses(search_name(regime, last, one)) for one in settings]
         return default if None in losses else choose(settings, losses)
+
+    def search_losses(self, regime: str) -> dict[str, float]:
+        return {}
+
+    def search_lines(self, regime: str) -> list[str]:
+        return []
 
     def assistants(self, regime: str, before: int) -> list[int]:
         """Which of the first assistants the chain keeps, by a paired bootstrap of the trial students' losses on valid."""

@@ -2,6 +2,7 @@
 
 # B images, K views, N training images, C classes, M teachers
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,8 +167,7 @@ class _Training:
         """So many steps; the means over them, and what the network does on valid then."""
         totals: dict[str, Tensor] = {}
         for _ in range(num_steps):
-            step = self.stepper.steps_done
-            report = self._step(step)
+            report = self.take_step()
             for name in ("loss", "hard_loss", "soft_loss"):
                 if name in report:
                     totals[name] = totals.get(name, 0.0) + report[name].detach()
@@ -177,7 +177,9 @@ class _Training:
         retention = {} if self.teaching.accuracy is None else {"retention": valid["valid_accuracy"] / self.teaching.accuracy}
         return {**metrics, **valid, **retention, **temperature, "learning_rate": report["learning_rate"]}
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def take_step(self) -> dict[str, Any]:
+        """One step of gradient descent, whose random numbers depend on the job's seed and the step alone."""
+        step = self.stepper.steps_done
         seed_step(self.job.seed, step)
         batch = self._batch(step)
         temperature = torch.tensor(self.law.at(step), device=batch["images"].device)
@@ -210,9 +212,7 @@ class _Training:
                 batch[f"weights_{place}"] = self.teaching.weights[number, index]
         return batch
 
-    def _loss(
-        self, model: Learner, batch: dict[str, Tensor], temperature: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, model: Learner, batch: dict[str, Tensor], temperature: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - a) cross entropy of the labelled images + a mean over sources, or with the weights of the method."""
         student = model.student(batch["images"], features=True)
         losses = functional.cross_entropy(widened(student.logits), batch["labels"], reduction="none")
@@ -336,3 +336,18 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def seconds_per_step(config: Config, data: Data, job: Job, teaching: Teaching, least_seconds: float = 0.3) -> float:
+    """Of wall time, over as many of a job's first steps as take so long; the first, which also sets things up, is not counted."""
+    images = data.train["images"]
+    with one_thread(images.device):
+        training = _Training(config, data, job, teaching, None)
+        training.take(1)
+        began, count = time.perf_counter(), 0
+        while count < job.steps - 1 and (not count or time.perf_counter() - began < least_seconds):
+            training.take_step()
+            count += 1
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / max(count, 1)
