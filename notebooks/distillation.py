@@ -20,10 +20,10 @@
 #
 # | component | what it does here | without it |
 # |---|---|---|
-# | progressive chain | assistants whose sizes are even in the logarithm of the parameters; kept only if a trial on valid says so | teacher to student at once |
+# | progressive chain | assistants of sizes in between; kept only if a trial on valid says so | teacher to student at once |
 # | temperature | $T$ moves: cosine, plateau, adversarial, or by its gradient on valid | $T$ stays |
 # | multi-teacher | several teachers, weighted image by image by a gate fitted on held-out labels | the first teacher |
-# | adaptive configuration | loss, $T$, $a$, rate and decay by successive halving on valid; the defaults survive every rung | the defaults |
+# | adaptive configuration | loss, $T$, $a$, rate, decay by successive halving on valid, defaults included | the defaults |
 # | shared memory | teachers' answers to a finite set of views are kept | asked anew in every step |
 # | parallel pipeline | several networks train at once in processes of their own; same results bit for bit | one after the other |
 #
@@ -33,7 +33,7 @@
 # | preset | data | what it is for |
 # |---|---|---|
 # | `smoke` | scikit-learn's digits | seconds; checks that everything works, the result means nothing |
-# | `laptop` | scikit-learn's 1,797 real 8x8 digits, 5 seeds, all labels and 100 labels | minutes on 2 CPU cores; a result worth looking at |
+# | `laptop` | scikit-learn's 1,797 real 8x8 digits, 5 seeds | minutes on 2 CPU cores; a result worth looking at |
 # | `mnist_cpu` | MNIST, teachers of 701,178 parameters, few epochs, 3 seeds | an hour or two on 2 CPU cores |
 # | `full` | MNIST, teachers of 11,172,810 parameters, 20 epochs, 5 seeds | the brief's setting, for a GPU |
 

@@ -9,6 +9,8 @@ from typing import Protocol
 from trainbook.workflows.distillation.arms import HPM_KD, Arm, Settings, arms, default_settings, hpm_kd
 from trainbook.workflows.distillation.config import Config
 from trainbook.workflows.distillation.jobs import Job
+from trainbook.workflows.distillation.ladder import teachers_of
+from trainbook.workflows.distillation.search import Rung
 
 TEACHER, SEARCH, TRIAL, ASSISTANT, STUDENT = "teacher", "search", "trial", "assistant", "student"
 ALL = "all_labels"
@@ -45,11 +47,11 @@ class Graph:
         config: of the run.
         steps_per_epoch: of all training images.
         widths: of the assistants, from the teacher's side.
-        num_rungs: of the search.
+        rungs: of the search.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int, widths: Sequence[int], num_rungs: int) -> None:
-        self.config, self.steps_per_epoch, self.widths, self.num_rungs = config, steps_per_epoch, widths, num_rungs
+    def __init__(self, config: Config, steps_per_epoch: int, widths: Sequence[int], rungs: Sequence[Rung]) -> None:
+        self.config, self.steps_per_epoch, self.widths, self.rungs = config, steps_per_epoch, widths, rungs
         self.student_steps = config.student_epochs * steps_per_epoch
 
     @property
@@ -63,7 +65,7 @@ class Graph:
         if config.stage != "direct":
             levels.append(Level(TEACHER))
         if self.hpm_regimes:
-            levels += [Level(SEARCH, rung) for rung in range(self.num_rungs)] if config.adaptive else []
+            levels += [Level(SEARCH, rung) for rung in range(len(self.rungs))] if config.adaptive else []
             # A trial of one assistant is two levels: itself, and a student that learns from it.
             levels += [Level(TRIAL, number) for number in range(2 * len(self.widths))]
             levels += [Level(ASSISTANT, number) for number in range(len(self.widths))]
@@ -117,14 +119,14 @@ class Graph:
         """A job that learns from teachers and the assistants before it; a student's, unless said otherwise."""
         first = (self.teachers(arm),) if arm.method else ()
         sources = (*first, *((name,) for name in ancestors))
-        if self.config.chain_mode == "takd":
-            sources = sources[-1:]
+        if ancestors:
+            sources = tuple(sources[index] for index in teachers_of(len(sources), self.config.chain_mode))
         shape = {"network": self.config.student_network, "width": self.config.student_width, "steps": self.student_steps}
         return Job(name, stage, regime, arm, settings, seed, sources=sources, **{**shape, **other})
 
     def _search(self, number: int, choices: Choices) -> list[Job]:
         seed, arm = self.student_seeds()[0], hpm_kd(self.config)
-        steps = self.config.search_epochs * 3**number * self.steps_per_epoch
+        steps = self.rungs[number].epochs * self.steps_per_epoch
         return [
             self._learner(search_name(regime, number, settings), SEARCH, regime, arm, seed, settings, steps=steps)
             for regime in self.hpm_regimes
@@ -180,7 +182,7 @@ class Graph:
         return jobs
 
 
-def turns(jobs: Sequence[Job], chunk_steps: int) -> list[tuple[Job, int]]:
+def in_turn(jobs: Sequence[Job], chunk_steps: int) -> list[tuple[Job, int]]:
     """The order in which the chunks of a level are taken: one of each job, then the next of each."""
     chunks = [job.num_chunks(chunk_steps) for job in jobs]
     return [(job, turn) for turn in range(max(chunks, default=0)) for job, n in zip(jobs, chunks, strict=True) if turn < n]

@@ -102,7 +102,7 @@ def _from_idx(folder: Path, digests: dict[str, str]) -> tuple[tuple[np.ndarray, 
             raise UserError(f"{folder / name} is not the official file: its MD5 differs from {digest}", "download it again")
         is_images = "idx3" in name
         plain = np.frombuffer(gzip.decompress(content), np.uint8, offset=IMAGE_HEADER_BYTES if is_images else LABEL_HEADER_BYTES)
-        arrays[name[:5] + ("images" if is_images else "labels")] = plain
+        arrays[name[:5] + ("images" if is_images else "labels")] = plain.copy()  # writable, as torch wants it
     parts: list[Any] = []
     for split in ("train", "t10k-"):
         labels = arrays[f"{split}labels"].astype(np.int64)

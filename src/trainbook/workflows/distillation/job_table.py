@@ -4,27 +4,50 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trainbook.data import Data
-from trainbook.errors import RunFailed
+from trainbook.errors import RunFailed, UserError
 from trainbook.runtime import Runtime
 from trainbook.workflows.distillation.arms import Settings, default_settings, hpm_kd
 from trainbook.workflows.distillation.config import Config
 from trainbook.workflows.distillation.gate import choose_gate, confidence_weights, entropy_weights, uniform_weights
 from trainbook.workflows.distillation.graph import TEACHER, Graph, search_name, trial_student_name
+from trainbook.workflows.distillation.images import num_classes
 from trainbook.workflows.distillation.jobs import Job, Teaching, logits_of_views, new_network, one_thread, predict
-from trainbook.workflows.distillation.ladder import accepts, ladder_widths
+from trainbook.workflows.distillation.ladder import accept_assistant, geometric_sizes, solve_width
+from trainbook.workflows.distillation.logit_store import LogitStore, cache_key, fingerprint_tensors
 from trainbook.workflows.distillation.methods import METHODS
-from trainbook.workflows.distillation.networks import Classifier, family
-from trainbook.workflows.distillation.search import num_rungs
+from trainbook.workflows.distillation.networks import Classifier, family, num_parameters
+from trainbook.workflows.distillation.search import Rung, Selection, Span, draw_arms, search
+from trainbook.workflows.distillation.views import NUM_VIEWS
 
 logger = logging.getLogger("trainbook")
 
 JOBS = "jobs"  # name in `TrainState.stateful`
+KEPT_DTYPE = "float32"  # exact: what is kept and what is computed anew are the same numbers
+MOST_BYTES = 4 * 10**9  # of teachers' logits on disk
+WIDEST = 64  # times a student's width: among these an assistant's width is looked for
+SEARCHED_METHODS = ("kd", "logit_std", "dkd", "dist")
+RUNG_FACTOR, LAST_RUNG = 3, 3
+
+
+class _NotTrainedError(Exception):
+    """The search wants results that are not there yet."""
+
+
+def rungs_of(config: Config) -> list[Rung]:
+    """Rungs of the search: a third of the arms and three times the epochs each time, down to three arms."""
+    rungs = [Rung(config.search_arms, config.search_epochs)]
+    while rungs[-1].arms > LAST_RUNG:
+        rungs.append(Rung(max(LAST_RUNG, -(-rungs[-1].arms // RUNG_FACTOR)), rungs[-1].epochs * RUNG_FACTOR))
+    return rungs
 
 
 class JobTable:
@@ -45,13 +68,17 @@ class JobTable:
         self.config, self.data, self.runtime = config, data, runtime
         self.jobs_at_once = runtime.jobs if config.parallel_pipeline else 1
         steps = max(1, len(data.train["labels"]) // config.batch_size)
-        self.graph = Graph(config, steps, self._widths(), num_rungs(config.search_arms))
+        self.graph = Graph(config, steps, self._widths(), rungs_of(config))
         self.networks: dict[str, dict[str, Tensor]] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = {}
         self._under_way: dict[str, dict[str, Any]] = {}
         self._logits: dict[str, Tensor] = {}
         self._accepted: dict[str, bool] = {}
+        self.store = LogitStore(runtime.data_folder / "teacher_logits", MOST_BYTES) if config.shared_memory else None
+        self.asked = 0  # for logits, by chunks of jobs
+        self._arrays: dict[str, np.memmap] = {}
+        self._fingerprint = ""
         self.test_logits: dict[str, Tensor] = {}  # once they are computed; in no checkpoint
 
     def _widths(self) -> list[int]:
@@ -59,10 +86,20 @@ class JobTable:
         config, data = self.config, self.data
         if not hpm_kd(config).chain or config.stage not in ("all", "hpm_kd"):
             return []
-        shape, classes = tuple(data.train["images"].shape[1:]), int(data.train["labels"].max()) + 1
-        teacher = family(config.teacher_network, shape, classes)(config.teacher_width)
-        students = family(config.student_network, shape, classes)
-        return ladder_widths(teacher, students, config.student_width, config.num_assistants)
+        shape, classes = tuple(data.train["images"].shape[1:]), num_classes(data)
+
+        def count(name: str, width: int) -> int:
+            with torch.device("meta"):
+                return num_parameters(family(name, shape, classes)(width))
+
+        student, width = config.student_network, config.student_width
+        try:
+            sizes = geometric_sizes(
+                count(config.teacher_network, config.teacher_width), count(student, width), config.num_assistants
+            )
+            return [solve_width(lambda w: count(student, w), size, width, WIDEST * width) for size in sizes[1:-1]]
+        except ValueError as error:
+            raise UserError(str(error), "choose a smaller student or a larger teacher, or chain = false") from None
 
     def chunks(self) -> list[int]:
         """Records of every level, as far as is known."""
@@ -97,13 +134,13 @@ class JobTable:
 
         Before it is trained (the steps of a plan are timed so) one with random weights.
         """
-        network_name, width = self._shape(name)
+        network_name, width = self.shape(name)
         network = new_network(self.config, self.data, network_name, width, self.config.seed)
         if name in self.networks:
             network.load_state_dict(self.networks[name])
         return network.requires_grad_(False).eval()
 
-    def _shape(self, name: str) -> tuple[str, int]:
+    def shape(self, name: str) -> tuple[str, int]:
         """Kind and width of a job's network, which its name tells."""
         if name.startswith(TEACHER):
             return self.config.teacher_network, self.config.teacher_width
@@ -126,28 +163,62 @@ class JobTable:
     # What earlier levels say about later ones
 
     def rung(self, regime: str, number: int) -> list[Settings]:
-        """The settings that a rung of the search trains; until the rung below is trained, the first of that one's."""
-        settings = self._first_rung()
-        for earlier in range(number):
-            losses = [self._losses(search_name(regime, earlier, one)) for one in settings]
-            settings = settings[: next_size(len(settings))] if None in losses else survivors(settings, losses)
-        return settings
+        """The settings that a rung of the search trains; until the rung below is trained, the first ones."""
+        asked: list[Settings] = []
+
+        def train(settings: list[tuple[int, Any]], epochs: int) -> list[Any]:
+            level = [rung.epochs for rung in self.graph.rungs].index(epochs)
+            values = [Settings(**arm) for _, arm in settings]
+            if level == number:
+                asked.extend(values)
+                raise _NotTrainedError
+            return self._searched(regime, level, values)
+
+        with suppress(_NotTrainedError):
+            search(self._candidates(), self.graph.rungs, train)
+        return asked or [Settings(**arm) for arm in self._candidates()[: self.graph.rungs[number].arms]]
+
+    def selection(self, regime: str) -> Selection | None:
+        """What the search picked; None before it is trained, or without one."""
+
+        def train(settings: list[tuple[int, Any]], epochs: int) -> list[Any]:
+            level = [rung.epochs for rung in self.graph.rungs].index(epochs)
+            return self._searched(regime, level, [Settings(**arm) for _, arm in settings])
+
+        try:
+            return search(self._candidates(), self.graph.rungs, train) if self.config.adaptive else None
+        except _NotTrainedError:
+            return None
 
     def settings(self, regime: str) -> Settings:
         """What the search chose; the default before it is trained, or without one."""
-        default = default_settings(self.config, hpm_kd(self.config))
-        if not self.config.adaptive:
-            return default
-        last = self.graph.num_rungs - 1
-        settings = self.rung(regime, last)
-        losses = [self._losses(search_name(regime, last, one)) for one in settings]
-        return default if None in losses else choose(settings, losses)
+        picked = self.selection(regime)
+        return default_settings(self.config, hpm_kd(self.config)) if picked is None else Settings(**picked.arm)
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        config, rungs = self.config, self.graph.rungs
+        default = asdict(default_settings(config, hpm_kd(config)))
+        space = {
+            "method": SEARCHED_METHODS,
+            "temperature": Span(1.0, 10.0, log=True),
+            "weight": Span(0.05, 0.95),
+            "learning_rate": Span(config.learning_rate / 4, config.learning_rate * 4, log=True),
+            "weight_decay": Span(1e-5, 1e-2, log=True),
+        }
+        return draw_arms(space, default, rungs[0].arms, config.seed)
+
+    def _searched(self, regime: str, level: int, settings: list[Settings]) -> list[Any]:
+        losses = [self._losses(search_name(regime, level, one)) for one in settings]
+        if any(each is None for each in losses):
+            raise _NotTrainedError
+        return [each.tolist() for each in losses]
 
     def search_losses(self, regime: str) -> dict[str, float]:
-        return {}
-
-    def search_lines(self, regime: str) -> list[str]:
-        return []
+        """Valid NLL of the picked settings and of the defaults, in the last rung; {} without a search."""
+        picked = self.selection(regime)
+        if picked is None:
+            return {}
+        return {"valid_nll_picked": picked.valid_nll, "valid_nll_default": picked.default_valid_nll}
 
     def assistants(self, regime: str, before: int) -> list[int]:
         """Which of the first assistants the chain keeps, by a paired bootstrap of the trial students' losses on valid."""
@@ -167,7 +238,7 @@ class JobTable:
 
     def _accepts(self, name: str, base: Tensor, losses: Tensor) -> bool:
         if name not in self._accepted:
-            self._accepted[name] = accepts(base, losses, self.config.seed)
+            self._accepted[name] = accept_assistant(losses.tolist(), base.tolist(), self.config.seed).accepted
         return self._accepted[name]
 
     # What a job is taught
@@ -183,11 +254,32 @@ class JobTable:
         return Teaching({name: self.logits(name) for name in names}, weights=weights, accuracy=accuracy)
 
     def logits(self, name: str) -> Tensor:
-        """Of a finished network for every view of every training image, (K, N, C)."""
+        """Of a finished network for every view of every training image, (K, N, C); kept on disk where memory is shared."""
+        self.asked += 1
         if name not in self._logits:
-            with one_thread(self.data.train["images"].device):
-                self._logits[name] = logits_of_views(self.network(name), self.data.train["images"], self.config.augmentation)
+            images = self.data.train["images"]
+            with one_thread(images.device):
+                if self.store is None:
+                    self._logits[name] = logits_of_views(self.network(name), images, self.config.augmentation)
+                else:
+                    self._arrays[name] = self._kept_logits(self.store, name)
+                    self._logits[name] = torch.from_numpy(self._arrays[name]).to(images.device)
         return self._logits[name]
+
+    def path(self, name: str) -> str:
+        """The file that `logits` is mapped from."""
+        return str(self._arrays[name].filename)
+
+    def _kept_logits(self, store: LogitStore, name: str) -> np.memmap:
+        network, images, augmentation = self.network(name), self.data.train["images"], self.config.augmentation
+        self._fingerprint = self._fingerprint or fingerprint_tensors({"images": images})
+        shape = (NUM_VIEWS[augmentation], len(images), num_classes(self.data))
+        key = cache_key(network, self._fingerprint, {"views": augmentation}, shape[0], 0, KEPT_DTYPE)
+
+        def fill(arrays: dict[str, np.ndarray]) -> None:
+            arrays["logits"][:] = logits_of_views(network, images, augmentation).cpu().numpy()
+
+        return store.fetch(key, {"logits": shape}, KEPT_DTYPE, fill)["logits"]
 
     def weights(self, rule: str) -> Tensor:
         """How much each teacher counts for every view of every training image, (K, N, M)."""
@@ -220,4 +312,4 @@ class JobTable:
         """Continue from `state_dict()` of a table of the same config."""
         self.networks, self.results, self.facts = saved["networks"], saved["results"], saved["facts"]
         self._under_way = saved["under_way"]
-        self._logits, self._accepted = {}, {}
+        self._logits, self._arrays, self._accepted = {}, {}, {}

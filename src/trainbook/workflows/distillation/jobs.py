@@ -2,6 +2,7 @@
 
 # B images, K views, N training images, C classes, M teachers
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from trainbook.workflows.distillation.arms import Arm, Settings
 from trainbook.workflows.distillation.config import Config, regime_name
 from trainbook.workflows.distillation.gate import mixture_logits
 from trainbook.workflows.distillation.images import labelled, num_classes
+from trainbook.workflows.distillation.ladder import teachers_at
 from trainbook.workflows.distillation.methods import METHODS, Outputs, SoftLoss, warmup_weight
 from trainbook.workflows.distillation.networks import Classifier, family
 from trainbook.workflows.distillation.temperature import TemperatureLaw, hypergradient, make_law
@@ -27,7 +29,6 @@ from trainbook.workflows.distillation.views import NUM_VIEWS, plain_view, view
 
 INITIALISATION = 2**31  # a step that no job reaches: the weights' own random numbers
 HYPER_EVERY = 10  # steps between two measurements of the hypergradient
-DROPPED = 0.25  # of DGKD: probability that a source is left out of a batch
 ROWS = 1000  # images that pass through a network at once when nothing is learned
 
 
@@ -175,7 +176,10 @@ class _Training:
         temperature = {"temperature": self.law.at(self.stepper.steps_done)} if self.job.sources else {}
         valid = self._valid_metrics()
         retention = {} if self.teaching.accuracy is None else {"retention": valid["valid_accuracy"] / self.teaching.accuracy}
-        return {**metrics, **valid, **retention, **temperature, "learning_rate": report["learning_rate"]}
+        found = {**metrics, **valid, **retention, **temperature, "learning_rate": report["learning_rate"]}
+        if self.job.stage == "search" and not math.isfinite(metrics["loss"]):  # the search leaves it out and goes on
+            return {"diverged": 1.0, **{name: value for name, value in found.items() if math.isfinite(value)}}
+        return found
 
     def take_step(self) -> dict[str, Any]:
         """One step of gradient descent, whose random numbers depend on the job's seed and the step alone."""
@@ -201,11 +205,8 @@ class _Training:
         number = torch.randint(NUM_VIEWS[self.config.augmentation], (len(index),), device=index.device)
         batch = {"images": view(self.data.train["images"][index], number, self.config.augmentation), "index": index}
         batch |= {"labels": self.data.train["labels"][index], "is_labelled": self.is_labelled[index]}
-        if self.job.arm.chain and self.config.chain_mode == "dgkd" and len(self.job.sources) > 1:
-            kept = torch.rand(len(self.job.sources), device=index.device) >= DROPPED
-            kept = kept | ~kept.any()  # all, where none would be left
-            batch["kept"] = kept.expand(len(index), -1)
-        for place, source in enumerate(self.job.sources):
+        for place in self._places(step):
+            source = self.job.sources[place]
             if source[0] in self.teaching.logits:
                 batch[f"source_{place}"] = torch.stack([self.teaching.logits[name][number, index] for name in source], 1)
             if len(source) > 1:
@@ -223,14 +224,17 @@ class _Training:
         settings = self.job.settings
         method = METHODS[settings.method]
         soft = [
-            loss(student, self._teacher(place, batch, temperature), batch["labels"], batch["index"], temperature)
-            for place, loss in enumerate(model.soft)
+            model.soft[place](student, self._teacher(place, batch, temperature), batch["labels"], batch["index"], temperature)
+            for place in self._places(step)
         ]
-        share = batch["kept"][0].float() if "kept" in batch else torch.ones(len(soft), device=hard.device)
-        total = (torch.stack(soft) * share).sum() / share.sum()
+        total = torch.stack(soft).mean()
         weights = (1 - settings.weight, settings.weight) if settings.method == "kd" else (method.hard_weight, method.soft_weight)
         rise = warmup_weight(step, self.job.steps, method.warmup)
         return weights[0] * hard + rise * weights[1] * total, {"hard_loss": hard.detach(), "soft_loss": total.detach()}
+
+    def _places(self, step: int) -> tuple[int, ...]:
+        """Which sources teach the batch of a step."""
+        return teachers_at(range(len(self.job.sources)), self.job.seed, step) if self.job.sources else ()
 
     @torch.no_grad()
     def _live(self, source: tuple[str, ...], images: Tensor) -> list[Outputs]:

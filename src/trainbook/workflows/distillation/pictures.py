@@ -171,10 +171,8 @@ def draw_confusion(data: Data, table: JobTable) -> Figure:
             panel.tick_params(labelsize=7)
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
-                    dark = errors[name][row, column] > 0.6 * top
-                    panel.text(
-                        column, row, str(count), ha="center", va="center", fontsize=5.5, color="white" if dark else "black"
-                    )
+                    colour = "white" if errors[name][row, column] > 0.6 * top else "black"
+                    panel.text(column, row, str(count), ha="center", va="center", fontsize=5.5, color=colour)
     axes[0, 0].set_ylabel("true class", fontsize=8)
     figure.colorbar(picture, ax=axes, label=f"share of the true class, errors ({_spoken(regime)})", shrink=0.75)
     return figure

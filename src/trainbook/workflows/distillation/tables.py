@@ -44,7 +44,7 @@ def export(config: Config, data: Data, state: TrainState, metrics: dict[str, flo
     Latencies and training times are measured here, on this machine, and differ from one call to the next.
     """
     table: JobTable = state.stateful[JOBS]
-    scores = all_scores(data, table)
+    scores, labels = all_scores(data, table), data.test["labels"].cpu()
     rows = [_row(config, table, name, found) for name, found in scores.items()]
     latencies = {name: [latency(module, data.test["images"], size) for size in BATCH_SIZES] for name, module in _timed(state)}
     times = _training_times(table)
@@ -65,10 +65,9 @@ def export(config: Config, data: Data, state: TrainState, metrics: dict[str, flo
         "metrics": metrics,
         "networks": rows,
         "contrasts": {regime: {kind: [asdict(c) for c in each] for kind, each in f.items()} for regime, f in compared.items()},
-        "confusion": {
-            name: confusion(each, data.test["labels"].cpu()).tolist() for name, each in test_logits(data, table).items()
-        },
+        "confusion": {name: confusion(each, labels).tolist() for name, each in test_logits(data, table).items()},
         "latency_milliseconds": {name: [asdict(each) for each in found] for name, found in latencies.items()},
+        "search": {regime: found.rows for regime in table.graph.hpm_regimes if (found := table.selection(regime)) is not None},
         "training": {name: {**asdict(found), "seconds": found.seconds} for name, found in times.items()},
     }
     return {
@@ -136,7 +135,7 @@ def _costs_text(metrics: dict[str, float], data: Data, latencies: dict[str, list
         *(f"ms per batch of {n}, p50 / p95" for n in BATCH_SIZES),
     ]
     ratio = metrics.get("student/compression")
-    return f"NETWORKS ({where})\n{Table(headers, rows)}" + (f"\ncompression {ratio:.1f} times" if ratio else "")
+    return f"NETWORKS, latency in ms ({where})\n{Table(headers, rows)}" + (f"\ncompression {ratio:.1f} times" if ratio else "")
 
 
 def _regime_text(config: Config, table: JobTable, regime: str, scores: dict[str, Scores], times: dict[str, TrainingTime]) -> str:
@@ -187,6 +186,12 @@ def _times_text(table: JobTable, times: dict[str, TrainingTime]) -> str:
         text += (
             f"\nkeeping the first teacher's answers takes {cache_seconds(table, 'teacher_1'):.2f} s once for all arms and seeds"
         )
+    if table.store is not None:
+        counters = table.store.counters
+        text += (
+            f"\nkept logits in this session: asked for {table.asked} times, found on disk {counters.hits} times, computed "
+            f"{counters.misses} times in {counters.seconds_computing:.2f} s; {counters.seconds_saved:.2f} s saved by the disk"
+        )
     on = f"up to {table.jobs_at_once} networks at once" if table.jobs_at_once > 1 else "one network at a time"
     return f"{text}\nthis run trained {on}; that changes its time, not its results"
 
@@ -201,7 +206,9 @@ def _decisions_text(table: JobTable) -> str:
             lines.append(
                 f"{name}: " + (f"the chain keeps assistants of width {widths}" if kept else "the chain keeps no assistant")
             )
-        lines += [f"{name}: {line}" for line in table.search_lines(regime)]
+        if (picked := table.selection(regime)) is not None:
+            settings = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in picked.arm.items())
+            lines.append(f"{name}: the search picks {settings}; {picked.why}")
     return "DECISIONS on valid\n" + "\n".join(lines) if lines else ""
 
 

@@ -11,11 +11,11 @@ from trainbook.runtime import Runtime
 from trainbook.state import TrainState
 from trainbook.workflows.distillation.arms import DIRECT, HPM_KD, KD, arms
 from trainbook.workflows.distillation.config import Config
-from trainbook.workflows.distillation.graph import STUDENT, TEACHER, turns
+from trainbook.workflows.distillation.graph import STUDENT, TEACHER, in_turn
 from trainbook.workflows.distillation.images import num_classes
 from trainbook.workflows.distillation.job_table import JOBS, JobTable
 from trainbook.workflows.distillation.jobs import Job, new_network
-from trainbook.workflows.distillation.turns import in_turn
+from trainbook.workflows.distillation.turns import taking_turns
 
 EXPORTED = (DIRECT, KD, HPM_KD)  # arms whose best student on valid becomes a module, and so goes into the export
 CHANCE = 2.0  # a teacher must be right so many times as often as chance
@@ -44,18 +44,19 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
         table.adopt("teacher_1", state.modules[TEACHER])
         check_teacher(table.results["teacher_1"]["valid_accuracy"], num_classes(data), config.teacher)
     begun = 0
-    for level in table.graph.levels():
-        order = turns(table.graph.jobs(level, table), config.chunk_steps)
-        for job, saved, metrics in in_turn(config, data, table, order[max(0, state.step - begun) :]):
-            table.take(job, saved)
-            is_finished = "network" in saved
-            if is_finished:
-                _keep_module(config, state, table, job)
-            state.step += 1
-            state.stage = job.stage
-            state.total_steps = sum(table.chunks())
-            yield Record({"job": job.name, **metrics}, milestone=is_finished and job is order[-1][0])
-        begun += len(order)
+    with taking_turns(config, data, table) as turns:
+        for level in table.graph.levels():
+            order = in_turn(table.graph.jobs(level, table), config.chunk_steps)
+            for job, saved, metrics in turns.take(order[max(0, state.step - begun) :]):
+                table.take(job, saved)
+                is_finished = "network" in saved
+                if is_finished:
+                    _keep_module(config, state, table, job)
+                state.step += 1
+                state.stage = job.stage
+                state.total_steps = sum(table.chunks())
+                yield Record({"job": job.name, **metrics}, milestone=state.step == begun + len(order))
+            begun += len(order)
 
 
 def check_teacher(accuracy: float, classes: int, source: str) -> None:

@@ -22,7 +22,7 @@ def view(images: Tensor, numbers: Tensor, augmentation: str) -> Tensor:
     if augmentation == "none":
         return images
     shift, flipped = numbers % SHIFTS, numbers >= SHIFTS
-    num_images, num_channels, height, width = images.shape
+    num_channels, height, width = images.shape[1:]
     padded = functional.pad(images, [1] * 4)
     rows = (shift // 3)[:, None] + torch.arange(height, device=images.device)
     columns = (shift % 3)[:, None] + torch.arange(width, device=images.device)
