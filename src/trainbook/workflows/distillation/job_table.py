@@ -75,6 +75,8 @@ class JobTable:
         self._under_way: dict[str, dict[str, Any]] = {}
         self._logits: dict[str, Tensor] = {}
         self._accepted: dict[str, bool] = {}
+        self._selections: dict[str, Selection] = {}
+        self._drawn: list[dict[str, Any]] = []
         self.store = LogitStore(runtime.data_folder / "teacher_logits", MOST_BYTES) if config.shared_memory else None
         self.asked = 0  # for logits, by chunks of jobs
         self._arrays: dict[str, np.memmap] = {}
@@ -185,10 +187,10 @@ class JobTable:
             level = [rung.epochs for rung in self.graph.rungs].index(epochs)
             return self._searched(regime, level, [Settings(**arm) for _, arm in settings])
 
-        try:
-            return search(self._candidates(), self.graph.rungs, train) if self.config.adaptive else None
-        except _NotTrainedError:
-            return None
+        if regime not in self._selections and self.config.adaptive:
+            with suppress(_NotTrainedError):
+                self._selections[regime] = search(self._candidates(), self.graph.rungs, train)
+        return self._selections.get(regime)
 
     def settings(self, regime: str) -> Settings:
         """What the search chose; the default before it is trained, or without one."""
@@ -197,6 +199,8 @@ class JobTable:
 
     def _candidates(self) -> list[dict[str, Any]]:
         config, rungs = self.config, self.graph.rungs
+        if self._drawn:
+            return self._drawn
         default = asdict(default_settings(config, hpm_kd(config)))
         space = {
             "method": SEARCHED_METHODS,
@@ -205,7 +209,8 @@ class JobTable:
             "learning_rate": Span(config.learning_rate / 4, config.learning_rate * 4, log=True),
             "weight_decay": Span(1e-5, 1e-2, log=True),
         }
-        return draw_arms(space, default, rungs[0].arms, config.seed)
+        self._drawn = draw_arms(space, default, rungs[0].arms, config.seed)
+        return self._drawn
 
     def _searched(self, regime: str, level: int, settings: list[Settings]) -> list[Any]:
         losses = [self._losses(search_name(regime, level, one)) for one in settings]
@@ -312,4 +317,4 @@ class JobTable:
         """Continue from `state_dict()` of a table of the same config."""
         self.networks, self.results, self.facts = saved["networks"], saved["results"], saved["facts"]
         self._under_way = saved["under_way"]
-        self._logits, self._arrays, self._accepted = {}, {}, {}
+        self._logits, self._arrays, self._accepted, self._selections = {}, {}, {}, {}

@@ -47,6 +47,7 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
     with taking_turns(config, data, table) as turns:
         for level in table.graph.levels():
             order = in_turn(table.graph.jobs(level, table), config.chunk_steps)
+            state.total_steps = sum(table.chunks())  # what earlier levels decided may have left jobs out
             for job, saved, metrics in turns.take(order[max(0, state.step - begun) :]):
                 table.take(job, saved)
                 is_finished = "network" in saved
@@ -54,7 +55,6 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
                     _keep_module(config, state, table, job)
                 state.step += 1
                 state.stage = job.stage
-                state.total_steps = sum(table.chunks())
                 yield Record({"job": job.name, **metrics}, milestone=state.step == begun + len(order))
             begun += len(order)
 
