@@ -210,6 +210,12 @@ def import_from(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
+def see_one_gpu(number: int) -> None:
+    """Leave this process one of the GPUs it sees, counted from 0, as its "cuda:0"; before torch uses any."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
+
+
 def group_size() -> int:
     """Processes of the group that torchrun started this one in; 1 outside one."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1

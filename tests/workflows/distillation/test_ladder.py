@@ -6,14 +6,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from trainbook.workflows.distillation.ladder import (
-    accept_assistant,
+    accepts,
     check_descent,
     geometric_sizes,
+    judge_assistant,
+    ladder_widths,
     solve_width,
-    split_epochs,
     teachers_at,
     teachers_of,
 )
@@ -48,7 +50,7 @@ def count(width):
     return number
 
 
-@pytest.mark.parametrize("wanted", [400, 1_000, 5_000, 20_000, 60_000])
+@pytest.mark.parametrize("wanted", [410, 1_120, 5_000, 20_000, 60_000])
 def test_width_is_the_best_there_is(wanted):
     width = solve_width(count, wanted, 1, 64)
     assert abs(count(width) - wanted) <= 0.1 * wanted
@@ -89,36 +91,35 @@ def test_left_out_teachers_are_a_function_of_seed_and_step():
     assert [teachers_at((4,), 7, step) for step in range(50)] == [(4,)] * 50
 
 
-@pytest.mark.parametrize(("epochs", "stages"), [(20, 1), (20, 3), (7, 2), (3, 3)])
-def test_chain_and_control_have_the_same_budget(epochs, stages):
-    parts = split_epochs(epochs, stages)
-    assert sum(parts) == epochs
-    assert len(parts) == stages
-    assert max(parts) - min(parts) < stages
-    assert parts[-1] == max(parts)
+def family(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.Conv2d(width, 2 * width, 3), nn.Linear(2 * width, 10))
 
 
-def test_too_few_epochs_are_refused():
-    with pytest.raises(ValueError, match="do not reach"):
-        split_epochs(2, 3)
+@pytest.mark.parametrize("assistants", [1, 2, 3])
+def test_assistants_are_wider_students_of_geometric_sizes(assistants):
+    widths = ladder_widths(family(64), family, 6, assistants)
+    sizes = [count(64), *map(count, widths), count(6)]
+    assert len(widths) == assistants
+    assert check_descent(sizes)
+    for size, wanted in zip(sizes, geometric_sizes(count(64), count(6), assistants), strict=True):
+        assert abs(size - wanted) <= 0.1 * wanted
 
 
 def test_bootstrap_error_is_that_of_a_mean():
     generator = np.random.default_rng(0)
-    with_it, without = generator.gamma(1.0, 0.3, 400), generator.gamma(1.0, 0.3, 400)
-    found = accept_assistant(with_it, without, 0)
-    gains = without - with_it
-    assert found.gain == pytest.approx(gains.mean())
-    assert found.standard_error == pytest.approx(gains.std() / math.sqrt(400), rel=0.08)
-    assert found == accept_assistant(with_it, without, 0)
+    without, with_it = (torch.tensor(generator.gamma(1.0, 0.3, 400)) for _ in range(2))
+    gain, error = judge_assistant(without, with_it, 0)
+    gains = (without - with_it).numpy()
+    assert gain == pytest.approx(gains.mean())
+    assert error == pytest.approx(gains.std() / math.sqrt(400), rel=0.08)
+    assert judge_assistant(without, with_it, 0) == (gain, error)
 
 
 def test_an_assistant_stays_for_more_than_one_standard_error():
     generator = np.random.default_rng(0)
-    nll = generator.gamma(1.0, 0.3, 400)
-    noise = generator.normal(0.0, 0.2, 400)
+    nll, noise = (torch.tensor(values) for values in (generator.gamma(1.0, 0.3, 400), generator.normal(0.0, 0.2, 400)))
     noise -= noise.mean()  # the error of the mean gain is 0.01
-    assert accept_assistant(nll, nll + noise + 0.03, 0).accepted
-    assert not accept_assistant(nll, nll + noise + 0.005, 0).accepted
-    assert not accept_assistant(nll, nll - 0.03, 0).accepted
-    assert not accept_assistant(nll, nll, 0).accepted
+    assert accepts(nll + noise + 0.03, nll, 0)
+    assert not accepts(nll + noise + 0.005, nll, 0)
+    assert not accepts(nll - 0.03, nll, 0)
+    assert not accepts(nll, nll, 0)
