@@ -34,7 +34,7 @@ class Choices(Protocol):
 
 @dataclass(frozen=True)
 class Level:
-    """Jobs that can be trained at the same time: the stage, and which rung, trial or assistant."""
+    """Jobs that can be trained at the same time: the stage, and which rung, trial, assistant or regime."""
 
     stage: str
     number: int = 0
@@ -69,7 +69,8 @@ class Graph:
             # A trial of one assistant is two levels: itself, and a student that learns from it.
             levels += [Level(TRIAL, number) for number in range(2 * len(self.widths))]
             levels += [Level(ASSISTANT, number) for number in range(len(self.widths))]
-        return [*levels, *([] if config.stage == "teacher" else [Level(STUDENT)])]
+        students = [Level(STUDENT, number) for number in range(len(config.regimes))]
+        return levels if config.stage == TEACHER else [*levels, *students]
 
     def jobs(self, level: Level, choices: Choices) -> list[Job]:
         """Of a level, given what was decided before."""
@@ -170,15 +171,14 @@ class Graph:
         return choices.settings(regime) if arm.adaptive else default_settings(self.config, arm)
 
     def _students(self, number: int, choices: Choices) -> list[Job]:
-        jobs = []
-        for regime in self.config.regimes:
-            for arm in arms(self.config, regime):
-                kept = choices.assistants(regime, len(self.widths)) if arm.chain else []
-                steps = self.student_steps * (1 + len(self.widths) if arm.long else 1)
-                for seed, label in zip(self.student_seeds(), self.config.student_seeds, strict=True):
-                    ancestors = [assistant_name(regime, arm.name, label, i) for i in kept]
-                    name, settings = student_name(regime, arm.name, label), self._settings(arm, regime, choices)
-                    jobs.append(self._learner(name, STUDENT, regime, arm, seed, settings, ancestors, steps=steps))
+        jobs, regime = [], self.config.regimes[number]
+        for arm in arms(self.config, regime):
+            kept = choices.assistants(regime, len(self.widths)) if arm.chain else []
+            steps = self.student_steps * (1 + len(self.widths) if arm.long else 1)
+            for seed, label in zip(self.student_seeds(), self.config.student_seeds, strict=True):
+                ancestors = [assistant_name(regime, arm.name, label, i) for i in kept]
+                name, settings = student_name(regime, arm.name, label), self._settings(arm, regime, choices)
+                jobs.append(self._learner(name, STUDENT, regime, arm, seed, settings, ancestors, steps=steps))
         return jobs
 
 

@@ -21,13 +21,14 @@ from trainbook.workflows.distillation.evaluation import (
     missing_logits,
     test_logits,
 )
-from trainbook.workflows.distillation.graph import STUDENT, TEACHER
+from trainbook.workflows.distillation.graph import TEACHER
 from trainbook.workflows.distillation.job_table import JOBS, JobTable
 from trainbook.workflows.distillation.jobs import plain_logits
 from trainbook.workflows.distillation.scores import confusion, recall, reliability
 
 MAIN = (DIRECT, KD, HPM_KD)
 COLOURS = {DIRECT: "C7", KD: "C0", KD_LONG: "C9", HPM_KD: "C3", TEACHER: "black"}
+NARROWEST = 7.5  # inches: the line of provenance below a picture must fit
 MOST_NUMBERED = 12  # classes of a confusion matrix that carries its counts
 
 
@@ -98,7 +99,7 @@ def _rows_figure(data: Data, table: JobTable, relative: bool) -> Figure:
     regimes = [regime for regime in _regimes(config) if not regime.startswith("without_")]
     teacher = scores.get("teacher_1")
     most = max(len(arms(config, regime)) for regime in regimes)
-    figure, axes = new_figure(len(regimes), width=5.6, height=1.3 + 0.3 * most)
+    figure, axes = new_figure(len(regimes), width=max(5.6, NARROWEST / len(regimes)), height=1.3 + 0.3 * most)
     for panel, regime in zip(axes[0], regimes, strict=True):
         rows = []
         for arm in arms(config, regime):
@@ -125,7 +126,7 @@ def draw_components(data: Data, table: JobTable) -> Figure:
     """HPM-KD less itself without each component, seed by seed."""
     config = table.config
     regimes = [regime for regime in config.regimes if ablation_pairs(config, regime)]
-    figure, axes = new_figure(len(regimes), width=5.2, height=2.8)
+    figure, axes = new_figure(len(regimes), width=max(5.2, NARROWEST / len(regimes)), height=2.8)
     for panel, regime in zip(axes[0], regimes, strict=True):
         found = contrasts(data, table, regime, ablation_pairs(config, regime))
         positions = np.arange(len(found))[::-1]
@@ -155,7 +156,7 @@ def draw_confusion(data: Data, table: JobTable) -> Figure:
     regime = table.config.regimes[len(table.config.labels) - 1]  # the one with the fewest labels tells most
     labels, logits = data.test["labels"].cpu(), test_logits(data, table)
     groups = _main_names(table, regime)
-    figure, axes = new_figure(len(groups), width=3.5, height=3.6)
+    figure, axes = new_figure(len(groups), width=max(3.5, NARROWEST / len(groups)), height=4.1)
     matrices = {name: sum(confusion(logits[one], labels) for one in names).numpy() for name, names in groups.items()}
     shares = {name: matrix / np.maximum(matrix.sum(1, keepdims=True), 1) for name, matrix in matrices.items()}
     errors = {name: share * (1 - np.eye(len(share))) for name, share in shares.items()}
@@ -182,7 +183,7 @@ def draw_calibration(data: Data, table: JobTable) -> Figure:
     """Accuracy over confidence in 15 bins, all seeds together, and how many images are in each."""
     regimes = [regime for regime in table.config.regimes if not regime.startswith("without_")]
     labels, logits = data.test["labels"].cpu(), test_logits(data, table)
-    figure, axes = new_figure(len(regimes), width=4.2, height=3.2)
+    figure, axes = new_figure(len(regimes), width=max(4.2, NARROWEST / len(regimes)), height=3.2)
     for panel, regime in zip(axes[0], regimes, strict=True):
         panel.plot([0, 1], [0, 1], color="0.7", linestyle=":")
         for name, names in _main_names(table, regime).items():
@@ -203,7 +204,7 @@ def _courses(history: list[dict[str, Any]], regime: str, arm: str, metric: str) 
     """A metric over the chunks of an arm's students, (seeds, chunks)."""
     courses: dict[str, list[float]] = {}
     for record in history:
-        if record["stage"] == STUDENT and record["job"].startswith(f"{regime}/{arm}/") and metric in record:
+        if record.get("job", "").rpartition("/")[0] == f"{regime}/{arm}" and metric in record:
             courses.setdefault(record["job"], []).append(record[metric])
     return np.array(list(courses.values()))
 
@@ -211,7 +212,7 @@ def _courses(history: list[dict[str, Any]], regime: str, arm: str, metric: str) 
 def draw_curves(config: Config, history: list[dict[str, Any]]) -> Figure:
     """Valid accuracy over the share of training that is done: mean over seeds, and from the worst seed to the best."""
     regimes = _regimes(config)
-    figure, axes = new_figure(len(regimes), width=4.2, height=3.2)
+    figure, axes = new_figure(len(regimes), width=max(4.2, NARROWEST / len(regimes)), height=3.2)
     for panel, regime in zip(axes[0], regimes, strict=True):
         for arm in (arm.name for arm in arms(config, regime) if arm.name in COLOURS):
             courses = 100 * _courses(history, regime, arm, "valid_accuracy")
@@ -229,7 +230,7 @@ def draw_curves(config: Config, history: list[dict[str, Any]]) -> Figure:
 def draw_temperature(config: Config, history: list[dict[str, Any]]) -> Figure:
     """Temperature of KD and HPM-KD over training, of every seed."""
     regimes = [regime for regime in _regimes(config) if not regime.startswith("without_")]
-    figure, axes = new_figure(len(regimes), width=4.2, height=2.6)
+    figure, axes = new_figure(len(regimes), width=max(4.2, NARROWEST / len(regimes)), height=2.6)
     for panel, regime in zip(axes[0], regimes, strict=True):
         for arm in (arm.name for arm in arms(config, regime) if arm.name in (KD, HPM_KD)):
             for index, course in enumerate(_courses(history, regime, arm, "temperature")):
@@ -250,7 +251,7 @@ def draw_gate(data: Data, table: JobTable) -> Figure:
     labels = data.train["labels"].cpu()
     classes = range(int(labels.max()) + 1)
     means = torch.stack([weights[labels == number].mean(0) for number in classes]).numpy()  # (C, M)
-    figure, axes = new_figure(width=6.0, height=2.8)
+    figure, axes = new_figure(width=NARROWEST, height=2.8)
     base = np.zeros(len(means))
     for index in range(means.shape[1]):
         accuracy = table.results[f"teacher_{index + 1}"]["valid_accuracy"]

@@ -9,7 +9,7 @@ from trainbook.errors import UserError
 from trainbook.records import Record
 from trainbook.runtime import Runtime
 from trainbook.state import TrainState
-from trainbook.workflows.distillation.arms import DIRECT, HPM_KD, KD, arms
+from trainbook.workflows.distillation.arms import DIRECT, HPM_KD, KD, WITHOUT, arms
 from trainbook.workflows.distillation.config import Config
 from trainbook.workflows.distillation.graph import STUDENT, TEACHER, in_turn
 from trainbook.workflows.distillation.images import num_classes
@@ -18,6 +18,7 @@ from trainbook.workflows.distillation.jobs import Job, new_network
 from trainbook.workflows.distillation.turns import taking_turns
 
 EXPORTED = (DIRECT, KD, HPM_KD)  # arms whose best student on valid becomes a module, and so goes into the export
+ABLATION, OTHERS = "hpm_kd_without", "other_arms"  # stages of the students of all other arms
 CHANCE = 2.0  # a teacher must be right so many times as often as chance
 
 
@@ -54,9 +55,16 @@ def train(config: Config, data: Data, state: TrainState) -> Iterator[Record]:
                 if is_finished:
                     _keep_module(config, state, table, job)
                 state.step += 1
-                state.stage = job.stage
+                state.stage = stage_of(job)
                 yield Record({"job": job.name, **metrics}, milestone=state.step == begun + len(order))
             begun += len(order)
+
+
+def stage_of(job: Job) -> str:
+    """What the records call a job's stage: of students their arm, or what kind of arm it is."""
+    if job.stage != STUDENT or job.arm.name in EXPORTED:
+        return job.stage if job.stage != STUDENT else job.arm.name
+    return ABLATION if job.arm.name.startswith(WITHOUT) else OTHERS
 
 
 def check_teacher(accuracy: float, classes: int, source: str) -> None:
