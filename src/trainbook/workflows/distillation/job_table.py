@@ -123,7 +123,7 @@ class JobTable:
 
     def adopt(self, name: str, network: nn.Module) -> None:
         """Take a network that another run has trained for a finished job."""
-        self.networks[name] = network.state_dict()
+        self.networks[name] = dict(network.state_dict())
         self.results[name] = self._measured(network)
 
     def _measured(self, network: nn.Module) -> dict[str, Any]:

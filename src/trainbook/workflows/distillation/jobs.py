@@ -277,12 +277,12 @@ class _Training:
         """What the next chunk needs; when there is none, the network and how it does on valid."""
         if self.stepper.steps_done < self.job.steps:
             parts = {"learner": self.learner, "stepper": self.stepper, "law": self.law}
-            return {name: part.state_dict() for name, part in parts.items()}
+            return {name: dict(part.state_dict()) for name, part in parts.items()}
         logits, labels = predict(self.learner.student, self.data.valid["images"]), self.data.valid["labels"]
         losses = functional.cross_entropy(logits, labels, reduction="none")
         accuracy = float((logits.argmax(1) == labels).float().mean())
         return {
-            "network": self.learner.student.state_dict(),
+            "network": dict(self.learner.student.state_dict()),
             "result": {"valid_accuracy": accuracy, "valid_losses": losses},
         }
 
