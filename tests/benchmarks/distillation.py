@@ -356,11 +356,12 @@ def compare_loading(folder: Path) -> list[pairing.Comparison]:
         )
         wall = statistics.median(b / a for a, b in zip(*sides, strict=True))
         load = os.getloadavg()[0]
+        microseconds = [statistics.median(side) / images * 1e6 for side in cpu]
+        verdict = kept_or(comparison.ratio, LOADER_NEEDED)
         print(
-            f"\n{name}: CPU time {statistics.median(cpu[0]) / images * 1e6:.0f} us an image, with a DataLoader "
-            f"{statistics.median(cpu[1]) / images * 1e6:.0f} in 3 processes, "
-            f"ratio {comparison.ratio:.2f}, needed {LOADER_NEEDED}: {kept_or(comparison.ratio, LOADER_NEEDED)}; wall time, at a load of {load:.1f}: ratio {wall:.2f}; "
-            f"losses {ours.losses[0]:.3f} to {ours.losses[-1]:.3f}, theirs {losses[0]:.3f} to {losses[-1]:.3f}"
+            f"\n{name}: CPU time {microseconds[0]:.0f} us an image, with a DataLoader {microseconds[1]:.0f} in 3 processes, "
+            f"ratio {comparison.ratio:.2f}, needed {LOADER_NEEDED}: {verdict}; wall time, at a load of {load:.1f}: ratio "
+            f"{wall:.2f}; losses {ours.losses[0]:.3f} to {ours.losses[-1]:.3f}, theirs {losses[0]:.3f} to {losses[-1]:.3f}"
         )
         assert abs(ours.losses[-1] - losses[-1]) < 0.2  # other random shifts, so only about equal
         comparisons.append(comparison)

@@ -186,13 +186,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def find_slots(device: str) -> list[int | None]:
-    """A slot per GPU, or per CPU core that this process may use."""
-    if device.startswith("cuda"):
-        return list(range(torch.cuda.device_count()))
-    return [None] * len(os.sched_getaffinity(0))
-
-
 def _check_importable(job: Job) -> None:
     module, name = getattr(job.function, "__module__", None), getattr(job.function, "__qualname__", "<unnamed>")
     if module in (None, "__main__") or not name.isidentifier():
