@@ -4,18 +4,24 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from tests.workflows.distillation import pool_jobs
-from trainbook.workflows.distillation.job_pool import Failure, Job, JobPool, SharedArrays, find_slots, one_thread
+from trainbook.workflows.distillation.job_pool import Failure, Job, JobPool, find_slots, one_thread
+
+
+def shared():
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    return {"images": images, "labels": torch.tensor(digits.target), "train.ones": torch.ones(4)}
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with JobPool("parallel", [None, None]) as pool:
-        pool.share("all/images", torch.zeros(3))
+    with JobPool("parallel", [None, None], shared()) as pool:
         yield pool
 
 
@@ -26,9 +32,6 @@ def jobs_of(function, *specs, seconds=None):
 
 def train_in_chunks(pool):
     """Three networks, two chunks each, the second from the state that the first left."""
-    digits = load_digits()
-    pool.share("images", torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16)
-    pool.share("labels", torch.tensor(digits.target))
     states = [None] * 3
     for chunk in range(2):
         states = pool.run(
@@ -46,7 +49,7 @@ def tensors_in(values):
 
 
 def test_serial_and_parallel_agree_bit_for_bit(pool):
-    with JobPool("serial", [None]) as serial:
+    with JobPool("serial", [None], shared()) as serial:
         ours = train_in_chunks(serial)
     theirs = train_in_chunks(pool)
     pairs = list(zip(tensors_in(ours), tensors_in(theirs), strict=True))
@@ -83,7 +86,7 @@ def test_serial_jobs_leave_threads_and_random_numbers_as_they_were():
         torch.manual_seed(0)
         expected = torch.rand(2)
         torch.manual_seed(0)
-        with JobPool("serial", [None]) as pool:
+        with JobPool("serial", [None], shared()) as pool:
             (seen,) = pool.run(jobs_of(pool_jobs.describe, 1))
         assert seen["threads"] == 1
         assert torch.get_num_threads() == 2
@@ -96,7 +99,7 @@ def test_serial_jobs_leave_threads_and_random_numbers_as_they_were():
 
 @pytest.fixture(params=["serial", "parallel"])
 def either(request, pool):
-    return pool if request.param == "parallel" else JobPool("serial", [None])
+    return pool if request.param == "parallel" else JobPool("serial", [None], shared())
 
 
 def test_a_job_that_raises_is_named_and_the_others_finish(either, caplog):
@@ -125,15 +128,9 @@ def test_a_killed_worker_loses_its_own_job_only(pool, tmp_path, caplog):
     assert pool.run(jobs_of(pool_jobs.nothing, 1, 2, 3)) == [1, 2, 3]  # with new workers
 
 
-def test_a_job_that_writes_to_shared_arrays_changes_no_file(either):
-    either.share("ones", torch.ones(4))
-    assert either.run(jobs_of(pool_jobs.scribble, "ones")) == [0.0]
-    assert float(SharedArrays(either._shared._folder)["ones"].sum()) == 4
-
-
-def test_arrays_can_be_added_later_and_a_name_keeps_its_array(pool):
-    pool.share("all/images", torch.ones(3))
-    assert pool._shared["all/images"].sum() == 0
+def test_a_job_that_writes_to_shared_arrays_changes_no_file(pool):
+    pool.run(jobs_of(pool_jobs.scribble, *["train.ones"] * 4))
+    assert float(np.load(pool._files()["train.ones"]).sum()) == 4
 
 
 def test_functions_that_no_process_can_import_are_refused(pool):
@@ -143,7 +140,7 @@ def test_functions_that_no_process_can_import_are_refused(pool):
 
 def test_each_gpu_slot_sees_its_own_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    with JobPool("parallel", [1]) as pool:
+    with JobPool("parallel", [1], {}) as pool:
         (seen,) = pool.run([Job("one", pool_jobs.describe, None)])
     assert seen["gpus"] == "7"
     assert find_slots("cpu") == [None] * len(find_slots("cpu"))
@@ -157,13 +154,13 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "from tests.workflows.distillation import pool_jobs\n"
         "from trainbook.workflows.distillation.job_pool import Job, JobPool\n"
         "if __name__ == '__main__':\n"
-        "    pool = JobPool('parallel', [None])\n"
+        "    pool = JobPool('parallel', [None], {})\n"
         "    print(pool.run([Job('a', pool_jobs.describe, None)])[0]['process'], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     paths = [path for path in sys.path if path]
     code = f"import sys, runpy; sys.path[:0] = {paths!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
-    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     worker = int(parent.stdout)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and is_alive(worker):

@@ -9,14 +9,13 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -27,31 +26,8 @@ from trainbook import runtime
 logger = logging.getLogger("trainbook")
 
 
-class SharedArrays:
-    """Arrays by name, one file each, mapped when they are first asked for; writing to one changes no file.
-
-    Args:
-        folder: of the files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._mapped = folder, {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._mapped:
-            self._mapped[name] = np.load(self._file(name), mmap_mode="c", allow_pickle=False)
-        return self._mapped[name]
-
-    def write(self, name: str, array: np.ndarray | torch.Tensor) -> None:
-        """Keep an array under a name that has none yet."""
-        if not self._file(name).exists():
-            np.save(self._file(name), np.asarray(array), allow_pickle=False)
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{quote(name, safe='')}.npy"
-
-
-JobFunction = Callable[[Any, SharedArrays], Any]
+Arrays = dict[str, np.ndarray]
+JobFunction = Callable[[Any, Arrays], Any]
 
 
 @dataclass(frozen=True)
@@ -89,19 +65,18 @@ class JobPool:
     Args:
         engine: "serial" or "parallel".
         slots: what a worker of its own is for: a GPU's number, or None for a CPU core.
+        shared: name to array; no job may change one.
     """
 
-    def __init__(self, engine: Literal["serial", "parallel"], slots: Sequence[int | None]) -> None:
+    def __init__(
+        self, engine: Literal["serial", "parallel"], slots: Sequence[int | None], shared: Mapping[str, np.ndarray | torch.Tensor]
+    ) -> None:
         if not slots:
             raise ValueError("a pool of jobs needs a slot")
         self.engine, self.slots = engine, list(slots)
-        self._folder = tempfile.TemporaryDirectory(prefix="trainbook-jobs-", ignore_cleanup_errors=True)
-        self._shared = SharedArrays(Path(self._folder.name))
+        self._shared = {name: np.asarray(array) for name, array in shared.items()}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._workers: dict[int, ProcessPoolExecutor] = {}
-
-    def share(self, name: str, array: np.ndarray | torch.Tensor) -> None:
-        """Let all jobs from now on read an array by a name; a name keeps the array it was first given."""
-        self._shared.write(name, array)
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Results, or a `Failure` each, in the order of the jobs.
@@ -161,12 +136,22 @@ class JobPool:
         for _ in range(2):
             if slot not in self._workers:
                 self._workers[slot] = ProcessPoolExecutor(
-                    1, torch.multiprocessing.get_context("spawn"), _start_worker, (self.slots[slot], self._folder.name)
+                    1, torch.multiprocessing.get_context("spawn"), _start_worker, (self.slots[slot], self._files())
                 )
             with contextlib.suppress(BrokenProcessPool):  # it died while it waited for work
                 return self._workers[slot].submit(_work, packed)
             self._workers.pop(slot).shutdown(wait=False)
         raise BrokenProcessPool(f"no worker process can be started for job {job.name}")
+
+    def _files(self) -> dict[str, str]:
+        """Name of each shared array to its file, written when the first worker starts."""
+        write = self._folder is None
+        if write:
+            self._folder = tempfile.TemporaryDirectory(prefix="trainbook-jobs-")
+        files = {name: str(Path(self._folder.name) / f"{place}.npy") for place, name in enumerate(self._shared)}
+        for name, path in files.items() if write else ():
+            np.save(path, self._shared[name], allow_pickle=False)
+        return files
 
     def _end(self, kill: bool) -> None:
         for worker in self._workers.values():
@@ -179,7 +164,9 @@ class JobPool:
     def close(self) -> None:
         """End the workers and delete the files they share."""
         self._end(kill=False)
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def __enter__(self) -> "JobPool":
         return self
@@ -217,7 +204,7 @@ def _packed(job: Job) -> bytes:
     return pickle.dumps((job.name, job.function, job.spec))
 
 
-def _call(packed: bytes, shared: SharedArrays) -> bytes:
+def _call(packed: bytes, shared: Arrays) -> bytes:
     name, function, spec = pickle.loads(packed)
     try:
         result = function(spec, shared)
@@ -229,16 +216,16 @@ def _call(packed: bytes, shared: SharedArrays) -> bytes:
     return pickle.dumps(result)
 
 
-_shared: SharedArrays  # in a worker
+_mapped: Arrays = {}  # in a worker
 
 
-def _start_worker(gpu: int | None, folder: str) -> None:
-    global _shared
+def _start_worker(gpu: int | None, files: dict[str, str]) -> None:
     if gpu is not None:
         runtime.see_one_gpu(gpu)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _shared = SharedArrays(Path(folder))
+    # Mapped so that writing to one stays in this process and changes no file.
+    _mapped.update({name: np.load(path, mmap_mode="c", allow_pickle=False) for name, path in files.items()})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -249,4 +236,4 @@ def _end_with_parent() -> None:
 
 
 def _work(packed: bytes) -> bytes:
-    return _call(packed, _shared)
+    return _call(packed, _mapped)

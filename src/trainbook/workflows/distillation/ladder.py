@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from trainbook.seeding import step_seed
 
@@ -58,35 +58,6 @@ def solve_width(count_parameters: Callable[[int], int], wanted: int, low: int, h
     return width
 
 
-def ladder_widths(teacher: nn.Module, family: Callable[[int], nn.Module], width: int, assistants: int) -> list[int]:
-    """Widths of the assistants, from the teacher's side: wider students, of `geometric_sizes`.
-
-    Args:
-        teacher: the network at the top.
-        family: width -> student.
-        width: of the student at the bottom.
-        assistants: how many.
-
-    Raises:
-        ValueError: when the student is not smaller than the teacher, or no width comes near a size.
-    """
-
-    def count(wide: int) -> int:
-        with torch.device("meta"):  # counted, not made
-            return num_parameters(family(wide))
-
-    sizes = geometric_sizes(num_parameters(teacher), count(width), assistants)
-    highest = 2 * width
-    while count(highest) < sizes[0]:
-        highest *= 2
-    return [solve_width(count, size, width, highest) for size in sizes[1:-1]]
-
-
-def num_parameters(module: nn.Module) -> int:
-    """Trainable numbers of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def check_descent(sizes: Sequence[int]) -> bool:
     """Whether every network of a chain is smaller than the one before; the log warns when not."""
     rises = [i for i in range(1, len(sizes)) if sizes[i] >= sizes[i - 1]]
@@ -129,26 +100,33 @@ def teachers_at(teachers: Sequence[int], seed: int, step: int) -> tuple[int, ...
     return tuple(t for t, keep in zip(teachers, kept.tolist(), strict=True) if keep) or (teachers[-1],)
 
 
-def judge_assistant(nll_without: Tensor, nll_with: Tensor, seed: int) -> tuple[float, float]:
-    """What an assistant gains for the final student, by its validation NLL after short runs with and without it.
+class Acceptance(NamedTuple):
+    """Whether an assistant stays in the chain.
 
-    Accuracy down the chain cannot tell: it falls with the size of the networks in any chain.
+    Attributes:
+        accepted: the gain is above one standard error.
+        gain: mean of (NLL without - NLL with) over the validation examples, in nats.
+        standard_error: of the gain, by paired bootstrap.
+    """
+
+    accepted: bool
+    gain: float
+    standard_error: float
+
+
+def accept_assistant(nll_with: Sequence[float], nll_without: Sequence[float], seed: int) -> Acceptance:
+    """Judge an assistant by the final student's validation NLL after short runs with and without it.
+
+    Accuracy down the chain cannot judge: it falls with the size of the networks in any chain.
 
     Args:
-        nll_without, nll_with: of the same validation examples in the same order, (N,) each.
+        nll_with, nll_without: of the same validation examples in the same order, (N,) each.
         seed: of the bootstrap.
-
-    Returns:
-        The mean of (without - with), in nats, and its standard error by paired bootstrap.
     """
-    gains = (nll_without - nll_with).double().cpu().numpy()
+    gains = np.asarray(nll_without, dtype=np.float64) - np.asarray(nll_with, dtype=np.float64)
     generator = np.random.default_rng(seed)
     # How often each example is drawn: equal to resampling, without an N x resamples table of values.
     counts = generator.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=RESAMPLES)
-    return float(gains.mean()), float((counts @ gains / len(gains)).std(ddof=1))
-
-
-def accepts(nll_without: Tensor, nll_with: Tensor, seed: int) -> bool:
-    """Whether an assistant stays in the chain: it gains over one standard error; arguments as in `judge_assistant`."""
-    gain, error = judge_assistant(nll_without, nll_with, seed)
-    return gain > error
+    error = float((counts @ gains / len(gains)).std(ddof=1))
+    gain = float(gains.mean())
+    return Acceptance(gain > error, gain, error)

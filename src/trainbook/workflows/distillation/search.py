@@ -1,16 +1,14 @@
 """Search for a configuration by successive halving in which the default can never lose: what it picks is as good on valid."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import qmc
 
-T = TypeVar("T")
 Arm = dict[str, Any]
-Losses = Any  # anything that numpy takes as (N,), such as a tensor; or None
-NARROWING = 3  # arms of a rung over those of the next, and epochs of the next over those of the rung
+Row = dict[str, Any]  # plain JSON
 
 
 class Span(NamedTuple):
@@ -25,6 +23,13 @@ class Span(NamedTuple):
         if self.log:
             return self.low * (self.high / self.low) ** share
         return self.low + (self.high - self.low) * share
+
+
+class Rung(NamedTuple):
+    """So many arms are trained for so many epochs."""
+
+    arms: int
+    epochs: int
 
 
 def draw_arms(space: dict[str, Span | tuple[Any, ...]], default: Arm, number: int, seed: int) -> list[Arm]:
@@ -52,87 +57,85 @@ def draw_arms(space: dict[str, Span | tuple[Any, ...]], default: Arm, number: in
     return arms
 
 
-def next_size(number: int) -> int:
-    """How many of so many arms go on to the next rung, the default among them: a third, at least 2."""
-    return max(2, number // NARROWING)
-
-
-def num_rungs(number: int) -> int:
-    """Rungs for so many arms, each of a third of the arms and three times the epochs of the one before; 27 arms have 3."""
-    return 1 if number < 3 * NARROWING else 1 + num_rungs(next_size(number))
-
-
-def survivors(arms: Sequence[T], nll: Sequence[Losses]) -> list[T]:
-    """The arms that go on: the default, which comes first, then the best of the others.
-
-    Args:
-        arms: of a rung, the default first.
-        nll: of each arm, the validation examples' NLLs, (N,); None for one that failed. The same examples for all.
-    """
-    means = mean_losses(nll)
-    ranked = sorted(range(1, len(arms)), key=lambda place: (means[place], place))
-    return [arms[0], *(arms[place] for place in ranked[: next_size(len(arms)) - 1])]
-
-
-class Judgement(NamedTuple):
-    """What the last rung says.
+class Selection(NamedTuple):
+    """What a search picked.
 
     Attributes:
-        place: of the chosen arm in it; 0 is the default.
-        gain: NLL of the default less that of the best arm, in nats.
-        standard_error: of the gain, over the validation examples.
+        arm: the picked configuration.
+        is_default: whether it is the default.
+        valid_nll, default_valid_nll: mean of the last rung, in nats; the first is never above the second.
         why: in one sentence.
+        rows: one per arm and rung, for the log.
     """
 
-    place: int
-    gain: float
-    standard_error: float
+    arm: Arm
+    is_default: bool
+    valid_nll: float
+    default_valid_nll: float
     why: str
+    rows: list[Row]
 
 
-def judge(nll: Sequence[Losses]) -> Judgement:
-    """The arm with the lowest mean NLL, unless the default is within one standard error of it: then the default.
+def search(
+    arms: Sequence[Arm],
+    rungs: Sequence[Rung],
+    train: Callable[[list[tuple[int, Arm]], int], list[Sequence[float] | None]],
+) -> Selection:
+    """Train all arms briefly, the better ones longer, and so on; the default, arm 0, is in every rung.
 
-    So the chosen arm's mean is never above the default's.
+    Of the last rung the arm with the lowest mean NLL is picked, unless the default is within one standard error of it.
 
     Args:
-        nll: as in `survivors`.
+        arms: from `draw_arms`, as many as the first rung trains.
+        rungs: fewer arms and more epochs each time.
+        train: ([(number, arm), ...], epochs) -> the validation NLL of each example, (N,) for each arm in that order, the
+            same examples for all arms; None for an arm that failed. It may train them side by side.
 
     Raises:
-        ValueError: when the default failed: there is then nothing to compare with.
+        ValueError: for rungs that do not narrow, another number of arms, or when the default fails: there is then nothing
+            to compare with.
     """
-    means = mean_losses(nll)
-    if not math.isfinite(means[0]):
-        raise ValueError("the default configuration failed, so that there is nothing to compare the others with")
-    best = min(range(len(means)), key=lambda place: (means[place], place))
-    difference = as_array(nll[0]) - as_array(nll[best])
-    gain = float(difference.mean())
+    sizes = [rung.arms for rung in rungs]
+    if sizes != sorted(sizes, reverse=True) or len(arms) != sizes[0] or sizes[-1] < 2:
+        raise ValueError(f"{len(arms)} arms do not fit rungs of {sizes}: each rung is to be smaller, the last at least 2")
+    alive = list(range(len(arms)))
+    rows: list[Row] = []
+    for level, rung in enumerate(rungs):
+        measured = train([(number, arms[number]) for number in alive], rung.epochs)
+        nll = {number: values_of(values) for number, values in zip(alive, measured, strict=True)}
+        means = {number: float(values.mean()) for number, values in nll.items()}
+        if not math.isfinite(means[0]):
+            raise ValueError(f"the default configuration failed when trained for {rung.epochs} epochs")
+        ranked = sorted(alive, key=lambda number: (means[number], number))  # equal arms in their order: the default first
+        following = rungs[level + 1].arms if level + 1 < len(rungs) else 1
+        kept = [0, *[number for number in ranked if number][: following - 1]] if following > 1 else ranked[:1]
+        for number in alive:
+            rows.append(
+                {
+                    "arm": number,
+                    "is_default": number == 0,
+                    "rung": level,
+                    "epochs": rung.epochs,
+                    "valid_nll": means[number] if math.isfinite(means[number]) else None,
+                    "kept": number in kept,
+                    "config": dict(arms[number]),
+                }
+            )
+        alive = kept
+    best = ranked[0]
+    difference = nll[0] - nll[best]
     error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    gain = means[0] - means[best]
+    picked = best if gain > error else 0
     if best == 0:
-        return Judgement(0, 0.0, 0.0, f"none of {len(means)} is better than the default ({means[0]:.4f} nats)")
-    why = f"the best gains {gain:.4f} nats over the default (standard error {error:.4f})"
-    return Judgement(best, gain, error, why) if gain > error else Judgement(0, gain, error, why + ": too little, it stays")
+        why = f"no arm is better than the default ({means[0]:.4f} nats)"
+    else:
+        why = f"arm {best} gains {gain:.4f} nats over the default (standard error {error:.4f})"
+        why += "" if picked else ": too little, the default stays"
+    return Selection(dict(arms[picked]), picked == 0, means[picked], means[0], why, rows)
 
 
-def choose(arms: Sequence[T], nll: Sequence[Losses]) -> T:
-    """The arm of the last rung that `judge` picks."""
-    return arms[judge(nll).place]
-
-
-def log_rows(rung: int, epochs: int, arms: Sequence[Arm], nll: Sequence[Losses]) -> list[dict[str, Any]]:
-    """A plain JSON object for every arm of a rung; without a number for one that failed."""
-    return [
-        {"rung": rung, "epochs": epochs, "is_default": place == 0, "valid_nll": mean if math.isfinite(mean) else None, **arm}
-        for place, (arm, mean) in enumerate(zip(arms, mean_losses(nll), strict=True))
-    ]
-
-
-def mean_losses(nll: Sequence[Losses]) -> list[float]:
-    """Mean of each arm's NLLs; infinite for one that failed or diverged."""
-    means = [math.inf if values is None else float(as_array(values).mean()) for values in nll]
-    return [mean if math.isfinite(mean) else math.inf for mean in means]
-
-
-def as_array(values: Losses) -> np.ndarray:
-    """In float64."""
-    return np.asarray(values, dtype=np.float64)
+def values_of(values: Sequence[float] | None) -> np.ndarray:
+    """NLLs as an array; infinite for an arm that failed or diverged."""
+    array = np.asarray([math.inf] if values is None else values, dtype=np.float64)
+    return array if bool(np.isfinite(array).all()) else np.full(array.shape, math.inf)
