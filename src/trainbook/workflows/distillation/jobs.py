@@ -344,7 +344,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_per_step(config: Config, data: Data, job: Job, teaching: Teaching, least_seconds: float = 0.3) -> float:
+def seconds_per_step(config: Config, data: Data, job: Job, teaching: Teaching, least_seconds: float = 0.1) -> float:
     """Of wall time, over as many of a job's first steps as take so long; the first, which also sets things up, is not counted."""
     images = data.train["images"]
     with one_thread(images.device):
