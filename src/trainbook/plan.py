@@ -299,7 +299,7 @@ def measure(workflow: Workflow, config: BaseConfig, runtime: Runtime, seconds: f
     """
     from trainbook.engine import seed_step
 
-    runtime = replace(runtime, jobs=1)  # the steps are timed in this process
+    config, runtime = config.model_copy(update=config.TIMED_WITH), replace(runtime, jobs=1)  # timed in this process
     data = workflow.load_data(config, runtime)
     parts: list[Part] = []
     began, probes, total = time.monotonic(), PROBES, 1

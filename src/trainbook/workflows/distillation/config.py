@@ -16,7 +16,7 @@ _BRIEF: dict[str, Any] = {
     "dataset": "mnist", "augmentation": "none", "teacher_network": "resnet18", "teacher_width": 64,
     "student_network": "mobilenet", "student_width": 32, "teacher_epochs": 20, "student_epochs": 20,
     "batch_size": 128, "student_seeds": _BRIEF_SEEDS, "labels": (0,), "missing_class": -1, "unlabelled_arm": False,
-    "chunk_steps": 400,
+    "chunk_steps": 200,
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class Config(BaseConfig):
         "smoke": {
             "num_teachers": 2, "teacher_epochs": 3, "student_epochs": 2, "student_seeds": (0, 1), "labels": (0,),
             "unlabelled_arm": False, "methods": ("dkd",), "search_arms": 3, "search_epochs": 1, "parallel_pipeline": False,
-            "chunk_steps": 8, "teacher_width": 4,
+            "chunk_steps": 22, "teacher_width": 4,
         },
         "laptop": {},
         "full": _BRIEF,
@@ -51,6 +51,8 @@ class Config(BaseConfig):
             "--stage teacher",
         )
     }
+
+    TIMED_WITH: ClassVar[dict[str, Any]] = {"chunk_steps": 4}
 
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"] = "digits"
     """digits: scikit-learn's 1,797 real 8x8 images; the others by torchvision, or from data_folder."""

@@ -69,7 +69,8 @@ def contrasts(data: Data, table: JobTable, regime: str, pairs: list[tuple[str, s
     made = []
     for one, other in pairs:
         names = [[student_name(regime, arm, seed) for seed in config.student_seeds] for arm in (one, other)]
-        differences = [100.0 * float(right[a].mean() - right[b].mean()) for a, b in zip(*names, strict=True)]
+        gains = [int(right[a].sum()) - int(right[b].sum()) for a, b in zip(*names, strict=True)]  # exact: equal ones stay equal
+        differences = [100 * gain / len(labels) for gain in gains]
         by_image = [mcnemar(right[a], right[b]) for a, b in zip(*names, strict=True)]
         made.append((one, other, paired(differences), by_image, equivalent(differences, MARGIN)))
     adjusted = holm([found.p for _, _, found, _, _ in made])

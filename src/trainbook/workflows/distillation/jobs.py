@@ -29,6 +29,7 @@ from trainbook.workflows.distillation.views import NUM_VIEWS, plain_view, view
 
 INITIALISATION = 2**31  # a step that no job reaches: the weights' own random numbers
 HYPER_EVERY = 10  # steps between two measurements of the hypergradient
+MONITORED = 1000  # validation images, at most, that a network under way is measured on; a finished one on all
 ROWS = 1000  # images that pass through a network at once when nothing is learned
 
 
@@ -268,7 +269,8 @@ class _Training:
         return hypergradient(self.learner.student, training_loss, validation_loss, self.law.at(step), rate)
 
     def _valid_metrics(self) -> dict[str, float]:
-        logits, labels = predict(self.learner.student, self.data.valid["images"]), self.data.valid["labels"]
+        images, labels = (self.data.valid[name][:MONITORED] for name in ("images", "labels"))
+        logits = predict(self.learner.student, images)
         self.learner.train()
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"valid_accuracy": float(accuracy), "valid_nll": float(functional.cross_entropy(logits, labels))}
@@ -342,7 +344,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_per_step(config: Config, data: Data, job: Job, teaching: Teaching, least_seconds: float = 0.3) -> float:
+def seconds_per_step(config: Config, data: Data, job: Job, teaching: Teaching, least_seconds: float = 0.1) -> float:
     """Of wall time, over as many of a job's first steps as take so long; the first, which also sets things up, is not counted."""
     images = data.train["images"]
     with one_thread(images.device):

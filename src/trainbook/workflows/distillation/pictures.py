@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainbook.data import Data
@@ -72,7 +71,7 @@ def _regimes(config: Config) -> list[str]:
 
 
 def _intervals(
-    panel: Axes, rows: Sequence[tuple[str, Sequence[float]]], title: str, label: str, line: float | None, line_label: str
+    panel: Any, rows: Sequence[tuple[str, Sequence[float]]], title: str, label: str, line: float | None, line_label: str
 ) -> None:
     """One row per name: each seed's value as a dot, their mean with its 95 % t interval."""
     positions = np.arange(len(rows))[::-1]
