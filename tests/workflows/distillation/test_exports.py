@@ -100,9 +100,13 @@ def test_the_text_says_for_every_contrast_whether_there_is_evidence_and_the_repo
     said = defaultdict(int)
     for family in (each for families in results["contrasts"].values() for each in families.values()):
         for found in family:
+            if found["found"]["low"] == found["found"]["high"] == 0:
+                said["equal"] += 1
+                continue
             sure = found["adjusted_p"] is not None and found["adjusted_p"] < 0.05
             said["better" if sure and found["found"]["mean"] > 0 else "worse" if sure else "no evidence"] += 1
     assert text.count("no evidence of a difference") == said["no evidence"]
+    assert text.count("are right equally often with every seed") == said["equal"] > 0
     assert text.count(" is better than ") == said["better"]
     assert text.count(" is worse than ") == said["worse"]
     assert "p50 / p95" in text

@@ -30,6 +30,13 @@ def test_paired_by_hand():
     assert math.isnan(found.wilcoxon_p)
 
 
+def test_another_unit_changes_amounts_and_no_p():
+    images, points = paired([9, -18, 27, 3]), paired([1, -2, 3, 1 / 3])
+    scaled = images.scaled(1 / 9)
+    assert (scaled.mean, scaled.low, scaled.high) == pytest.approx((points.mean, points.low, points.high))
+    assert (scaled.p, scaled.effect) == pytest.approx((points.p, points.effect))
+
+
 def test_one_seed_and_equal_seeds_say_what_they_can():
     assert math.isnan(paired([0.3]).p)
     assert paired([0.3]).high == math.inf
@@ -89,6 +96,7 @@ def test_sentences_say_better_worse_or_no_evidence():
     assert sentence("a", "b", better, 0.01).startswith("a is better than b: +1.01 points")
     assert sentence("a", "b", paired([-1.0, -1.1, -0.9]), 0.01).startswith("a is worse than b")
     assert sentence("a", "b", unsure, 0.9).startswith("no evidence of a difference between a and b")
+    assert "equally often" in sentence("a", "b", paired([0, 0, 0]), 1.0)
     assert "one seed" in sentence("a", "b", paired([1.0]), math.nan)
 
 

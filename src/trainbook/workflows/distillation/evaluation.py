@@ -69,10 +69,11 @@ def contrasts(data: Data, table: JobTable, regime: str, pairs: list[tuple[str, s
     made = []
     for one, other in pairs:
         names = [[student_name(regime, arm, seed) for seed in config.student_seeds] for arm in (one, other)]
-        gains = [int(right[a].sum()) - int(right[b].sum()) for a, b in zip(*names, strict=True)]  # exact: equal ones stay equal
-        differences = [100 * gain / len(labels) for gain in gains]
+        # Counted in images, exactly: what is equal stays equal.
+        gains = [int(right[a].sum()) - int(right[b].sum()) for a, b in zip(*names, strict=True)]
+        point = len(labels) / 100
         by_image = [mcnemar(right[a], right[b]) for a, b in zip(*names, strict=True)]
-        made.append((one, other, paired(differences), by_image, equivalent(differences, MARGIN)))
+        made.append((one, other, paired(gains).scaled(1 / point), by_image, equivalent(gains, MARGIN * point)))
     adjusted = holm([found.p for _, _, found, _, _ in made])
     return [Contrast(one, other, found, p, images, e) for (one, other, found, images, e), p in zip(made, adjusted, strict=True)]
 

@@ -27,6 +27,7 @@ from trainbook.workflows.distillation.scores import confusion, recall, reliabili
 
 MAIN = (DIRECT, KD, HPM_KD)
 COLOURS = {DIRECT: "C7", KD: "C0", KD_LONG: "C9", HPM_KD: "C3", TEACHER: "black"}
+FEWEST_IN_BIN = 10  # images, for a bin of calibration that is drawn
 NARROWEST = 7.5  # inches: the line of provenance below a picture must fit
 MOST_NUMBERED = 12  # classes of a confusion matrix that carries its counts
 
@@ -70,9 +71,7 @@ def _regimes(config: Config) -> list[str]:
     return [regime for regime in config.regimes if arms(config, regime)]
 
 
-def _intervals(
-    panel: Any, rows: Sequence[tuple[str, Sequence[float]]], title: str, label: str, line: float | None, line_label: str
-) -> None:
+def _intervals(panel: Any, rows: Sequence[tuple[str, Sequence[float]]], title: str, label: str, line: float | None) -> None:
     """One row per name: each seed's value as a dot, their mean with its 95 % t interval."""
     positions = np.arange(len(rows))[::-1]
     for position, (name, values) in zip(positions, rows, strict=True):
@@ -83,8 +82,7 @@ def _intervals(
         panel.errorbar(mean, position, xerr=whisker, fmt="o", color=colour, markersize=5, capsize=3)
         panel.annotate(f"{mean:.2f}", (1.01, position), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     if line is not None:
-        panel.axvline(line, color="black", linestyle=":", linewidth=1, label=line_label)
-        panel.legend(fontsize=7, loc="upper left")
+        panel.axvline(line, color="black", linestyle=":", linewidth=1)
     panel.set_yticks(positions, [_spoken(name) for name, _ in rows], fontsize=8)
     panel.set_ylim(-0.7, len(rows) - 0.2)
     panel.set_title(title, fontsize=10)
@@ -106,8 +104,8 @@ def _rows_figure(data: Data, table: JobTable, relative: bool) -> Figure:
             rows.append((arm.name, [value / teacher.accuracy for value in found] if relative else found))
         what = "accuracy / teacher's, %" if relative else "test accuracy, %"
         line = None if teacher is None else 100.0 if relative else 100 * teacher.accuracy
-        label = f"{what} (axis does not start at 0); dots: seeds"
-        _intervals(panel, rows, f"students see {_spoken(regime)}", label, line, "first teacher")
+        label = f"{what} (axis does not start at 0); dots: seeds" + ("" if teacher is None else "; dotted: first teacher")
+        _intervals(panel, rows, f"students see {_spoken(regime)}", label, line)
     return figure
 
 
@@ -174,7 +172,9 @@ def draw_confusion(data: Data, table: JobTable) -> Figure:
                     colour = "white" if errors[name][row, column] > 0.6 * top else "black"
                     panel.text(column, row, str(count), ha="center", va="center", fontsize=5.5, color=colour)
     axes[0, 0].set_ylabel("true class", fontsize=8)
-    figure.colorbar(picture, ax=axes, label=f"share of the true class, errors ({_spoken(regime)})", shrink=0.75)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.75)
+    bar.set_label(f"errors, share of the true class ({_spoken(regime)})", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -187,7 +187,7 @@ def draw_calibration(data: Data, table: JobTable) -> Figure:
         panel.plot([0, 1], [0, 1], color="0.7", linestyle=":")
         for name, names in _main_names(table, regime).items():
             count, confidence, accuracy = reliability(torch.cat([logits[one] for one in names]), labels.repeat(len(names)))
-            some = count > 0
+            some = count >= FEWEST_IN_BIN
             error = float((count / count.sum() * (accuracy - confidence).abs()).nansum())
             label = f"{_spoken(name)}, ECE {error:.3f}"
             panel.plot(confidence[some], accuracy[some], "-", color=COLOURS[name], linewidth=1, label=label)
@@ -195,7 +195,8 @@ def draw_calibration(data: Data, table: JobTable) -> Figure:
             panel.scatter(confidence[some], accuracy[some], s=sizes, color=COLOURS[name], alpha=0.5)
         panel.set(title=f"calibration, {_spoken(regime)}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.05))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, loc="upper left", title="area of a dot: share of images", title_fontsize=6)
+        title = f"bins of {FEWEST_IN_BIN} or more; area: share of images"
+        panel.legend(fontsize=7, loc="lower right", title=title, title_fontsize=6)
     return figure
 
 

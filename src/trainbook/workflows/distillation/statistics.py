@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -36,6 +36,10 @@ class Paired:
     effect: float
     wilcoxon_p: float
     number: int
+
+    def scaled(self, factor: float) -> "Paired":
+        """The same in another unit, `factor` of which make one of the old."""
+        return replace(self, mean=factor * self.mean, low=factor * self.low, high=factor * self.high)
 
 
 def paired(differences: Sequence[float]) -> Paired:
@@ -121,6 +125,8 @@ def sentence(one: str, other: str, found: Paired, adjusted_p: float, unit: str =
     """What a comparison says, in words; `adjusted_p` is Holm's."""
     if found.number < 2:
         return f"{one} and {other} were compared with one seed: {found.mean:+.2f} {unit}, which says nothing about others"
+    if found.low == found.high == 0:
+        return f"{one} and {other} are right equally often with every seed (n = {found.number})"
     amount = f"{found.mean:+.2f} {unit} (95 % interval {found.low:+.2f} to {found.high:+.2f}, n = {found.number}"
     tested = f"{amount}, p = {adjusted_p:.2g} after Holm)"
     if adjusted_p < SIGNIFICANCE:
