@@ -1,5 +1,6 @@
 """Jobs as pure functions: any cut into chunks, any number of processes and any unseen label give the same network."""
 
+import pickle
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,6 +17,7 @@ from trainbook.workflows.distillation.images import load_data
 from trainbook.workflows.distillation.job_table import JOBS, JobTable
 from trainbook.workflows.distillation.jobs import Job, advance, logits_of_views, seen
 from trainbook.workflows.distillation.training import build, train
+from trainbook.workflows.distillation.turns import Turns, _shared, run_chunk
 
 SMALL = {
     "max_train_images": 160, "batch_size": 32, "teacher_epochs": 2, "student_epochs": 2, "chunk_steps": 6, "methods": (),
@@ -197,6 +199,23 @@ def test_students_of_a_regime_without_a_class_never_see_it(data):
     labels = data.train["labels"][seen(config, data, job)]
     assert 3 not in labels
     assert len(labels) == int((data.train["labels"] != 3).sum())
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_what_is_sent_to_a_process_computes_what_is_computed_here(live, shared_memory, table, data, runtime):
+    config = table.config.model_copy(update={"shared_memory": shared_memory})
+    mine = JobTable(config, data, runtime)
+    mine.networks, mine.results = table.networks, table.results
+    job = job_of(sources=(("teacher_1", "teacher_2"),), arm=Arm("one", gate="uniform", live=live), steps=10)
+    turns, saved = Turns(config, data, mine), None
+    for _ in range(2):
+        here = advance(config, data, job, mine.teaching(job), saved)
+        there = run_chunk(pickle.loads(pickle.dumps(turns._spec(job))), _shared(data))
+        assert_identical(here[0], there[0])
+        assert here[1] == there[1]
+        saved = here[0]
+        mine.take(job, saved)
 
 
 # Whole runs

@@ -272,8 +272,8 @@ class JobTable:
         return self._logits[name]
 
     def path(self, name: str) -> str:
-        """The file that `logits` is mapped from."""
-        return str(self._arrays[name].filename)
+        """The file that `logits` is mapped from; "" where nothing is kept on disk."""
+        return str(self._arrays[name].filename) if name in self._arrays else ""
 
     def _kept_logits(self, store: LogitStore, name: str) -> np.memmap:
         network, images, augmentation = self.network(name), self.data.train["images"], self.config.augmentation

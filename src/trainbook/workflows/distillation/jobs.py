@@ -2,6 +2,7 @@
 
 # B images, K views, N training images, C classes, M teachers
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -135,7 +136,9 @@ class _Training:
         self.batches = Batches({"index": indices}, job.seed, min(config.batch_size, len(indices)))
         if saved is not None:
             self.learner.load_state_dict(saved["learner"])
-            self.stepper.load_state_dict(saved["stepper"])
+            self.stepper.load_state_dict(
+                copy.deepcopy(saved["stepper"])
+            )  # torch's optimizers go on in the tensors they are given
             self.law.load_state_dict(saved["law"])
 
     def _soft_losses(self, student: Classifier) -> list[SoftLoss]:

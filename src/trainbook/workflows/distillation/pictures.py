@@ -104,7 +104,7 @@ def _rows_figure(data: Data, table: JobTable, relative: bool) -> Figure:
             rows.append((arm.name, [value / teacher.accuracy for value in found] if relative else found))
         what = "accuracy / teacher's, %" if relative else "test accuracy, %"
         line = None if teacher is None else 100.0 if relative else 100 * teacher.accuracy
-        label = f"{what} (axis does not start at 0); dots: seeds" + ("" if teacher is None else "; dotted: first teacher")
+        label = f"{what} (axis does not start at 0)\ndots: seeds" + ("" if teacher is None else "; dotted line: first teacher")
         _intervals(panel, rows, f"students see {_spoken(regime)}", label, line)
     return figure
 
@@ -196,7 +196,7 @@ def draw_calibration(data: Data, table: JobTable) -> Figure:
         panel.set(title=f"calibration, {_spoken(regime)}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.05))
         panel.grid(alpha=0.3)
         title = f"bins of {FEWEST_IN_BIN} or more; area: share of images"
-        panel.legend(fontsize=7, loc="lower right", title=title, title_fontsize=6)
+        panel.legend(fontsize=7, loc="upper left", title=title, title_fontsize=6)
     return figure
 
 

@@ -76,7 +76,7 @@ class Turns:
             "config": self.config.model_dump(mode="json"),
             "job": job,
             "saved": _moved(self.table.saved(job), torch.device("cpu")),
-            "logits": {name: self.table.path(name) for name in teaching.logits},
+            "logits": {name: self.table.path(name) or logits.cpu() for name, logits in teaching.logits.items()},
             "networks": {name: _moved(each.state_dict(), torch.device("cpu")) for name, each in teaching.networks.items()},
             "shapes": {name: self.table.shape(name) for name in teaching.networks},
             "weights": None if teaching.weights is None else teaching.weights.cpu(),
@@ -112,11 +112,16 @@ def run_chunk(spec: dict[str, Any], shared: Arrays) -> tuple[dict[str, Any], dic
     for name, weights in spec["networks"].items():
         networks[name] = new_network(config, data, *spec["shapes"][name], seed=0).requires_grad_(False).eval()
         networks[name].load_state_dict(weights)
-    logits = {name: torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for name, path in spec["logits"].items()}
+    logits = {name: _mapped(each).to(device) for name, each in spec["logits"].items()}
     weights = None if spec["weights"] is None else spec["weights"].to(device)
     teaching = Teaching(logits, networks, weights, spec["accuracy"])
     saved, metrics = advance(config, data, spec["job"], teaching, _moved(spec["saved"], device))
     return _moved(saved, torch.device("cpu")), metrics
+
+
+def _mapped(kept: str | Tensor) -> Tensor:
+    """Logits from the file that holds them, or as they came."""
+    return torch.from_numpy(np.load(kept, mmap_mode="c", allow_pickle=False)) if isinstance(kept, str) else kept
 
 
 def _shared(data: Data) -> dict[str, np.ndarray]:
