@@ -138,7 +138,7 @@ class _Training:
             self.learner.load_state_dict(saved["learner"])
             self.stepper.load_state_dict(
                 copy.deepcopy(saved["stepper"])
-            )  # torch's optimizers go on in the tensors they are given
+            )  # torch goes on in the very tensors
             self.law.load_state_dict(saved["law"])
 
     def _soft_losses(self, student: Classifier) -> list[SoftLoss]:
