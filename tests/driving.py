@@ -27,6 +27,8 @@ CHILDREN.set_forkserver_preload(
         "torch._dynamo",  # the first optimizer of a process imports it, for seconds
         "trainbook.workflows.timestep_dbn.training",
         "trainbook.workflows.timestep_dbn.images",
+        "trainbook.workflows.distillation.training",
+        "trainbook.workflows.distillation.images",
     ]
 )
 

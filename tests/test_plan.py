@@ -185,6 +185,33 @@ def test_a_run_that_is_slower_than_the_time_given_is_not_measured_to_its_end(mon
     assert 6 <= found.hours * 3600 < 12
 
 
+def test_a_workflow_with_long_steps_is_timed_in_shorter_ones(monkeypatch):
+    """The same 1.2 s of work in 24 steps of 50 ms instead of 4 of 300 ms."""
+
+    class Cut(BaseConfig):
+        """Steps of so many pieces of 50 ms."""
+
+        PRESETS = {"smoke": {}, "laptop": {}, "full": {}}  # noqa: RUF012
+        TIMED_WITH = {"pieces": 1}  # noqa: RUF012
+        pieces: int = 6
+
+    def train(config, data, state):
+        while state.step < state.total_steps:
+            time.sleep(0.05 * config.pieces)
+            state.step += 1
+            yield Record({})
+
+    workflow = SimpleNamespace(
+        load_data=lambda config, runtime: None,
+        build=lambda config, data, runtime: TrainState({}, total_steps=24 // config.pieces),
+        train=train,
+    )
+    monkeypatch.setattr(plan, "measure_rates", lambda device: Rates(1, 1))
+    found = plan.measure(workflow, Cut(), detect(), seconds=0.3)
+    assert found.total_steps == 24
+    assert 1.2 <= found.hours * 3600 < 1.8
+
+
 def test_measured_rates_are_possible():
     rates = plan.measure_rates("cpu")
     assert 1e-4 < rates.tflops < 50

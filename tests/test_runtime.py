@@ -1,5 +1,6 @@
 """Where a run happens, from marks that the platforms leave."""
 
+import os
 import time
 
 import pytest
@@ -75,7 +76,9 @@ def test_what_is_told_about_processes_workers_and_checkpoints(monkeypatch, tmp_p
     found = runtime.detect()
     assert (found.processes, found.workers, found.keep, found.checkpoint_seconds, found.elsewhere) == (1, 0, 2, 60.0, {})
     assert found.parallel == "copies"
+    assert found.jobs == len(os.sched_getaffinity(0))  # on a CPU
     told = {
+        "JOBS": "6",
         "PARALLEL": "pipeline",
         "PROCESSES": "3",
         "WORKERS": "4",
@@ -88,6 +91,7 @@ def test_what_is_told_about_processes_workers_and_checkpoints(monkeypatch, tmp_p
         monkeypatch.setenv(getattr(runtime, name), value)
     found = runtime.detect()
     assert (found.processes, found.workers, found.keep, found.checkpoint_seconds) == (3, 4, 5, 300.0)
+    assert found.jobs == 6
     assert ["processes", "3, each with a stage of the weights", f"{runtime.PROCESSES}=3"] in found.rows()
     assert {name: str(place) for name, place in found.elsewhere.items()} == {"checkpoints": f"{tmp_path}/far", "logs": "/logs"}
 
@@ -103,6 +107,7 @@ def test_checkpoints_and_logs_mean_the_run_folders_own(monkeypatch):
     [
         *((runtime.PROCESSES, value, 1) for value in ("0", "-1", "two", "1.5", "all")),
         *((runtime.WORKERS, value, 0) for value in ("-1", "many", "2.0")),
+        *((runtime.JOBS, value, 1) for value in ("0", "-1", "both")),
         *((runtime.KEEP, value, 1) for value in ("0", "-2", "all")),
     ],
 )

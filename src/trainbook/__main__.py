@@ -417,6 +417,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
         help="each process keeps a copy of the weights (default), a slice of every tensor, or some of an nn.Sequential's blocks",
     )
     parser.add_argument("--workers", help="processes that read a data set too large for the device (default 0)")
+    parser.add_argument("--jobs", help="networks trained at once where a workflow trains many (default: the cores, or the GPUs)")
     parser.add_argument("--checkpoint-every", help="at most this much work is lost to a kill, such as 60s or 5m (default 60s)")
     parser.add_argument("--keep", help="number of checkpoints kept (default 2)")
     parser.add_argument("--checkpoint-dir", help="keep checkpoints in DIR/RUN instead of the run folder")

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,11 @@ class Workflow:
         if attribute not in CONTRACT:
             raise AttributeError(f"{attribute!r} is not part of the workflow contract: {', '.join(CONTRACT)}")
         return getattr(self.module, attribute)
+
+    @property
+    def exports(self) -> Callable[..., dict[str, str]]:
+        """(config, data, state, metrics) -> name to text of further files of a run's export folder; most workflows have none."""
+        return getattr(self.module, "export", lambda config, data, state, metrics: {})
 
     @property
     def title(self) -> str:

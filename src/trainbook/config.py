@@ -30,6 +30,7 @@ class BaseConfig(BaseModel):
     FILE_FIELDS: ClassVar[tuple[str, ...]] = ("initial_weights",)  # name files or folders that travel with a run
     MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {}  # a field that names a file with one module's weights, to the
     # module and to what to do about a file that does not fit
+    TIMED_WITH: ClassVar[dict[str, Any]] = {}  # fields that cut the same work into smaller steps, while a plan times some
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of every random number of the run."""

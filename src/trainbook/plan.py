@@ -8,7 +8,7 @@ import os
 import re
 import time
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,7 @@ def measure(workflow: Workflow, config: BaseConfig, runtime: Runtime, seconds: f
     """
     from trainbook.engine import seed_step
 
+    config, runtime = config.model_copy(update=config.TIMED_WITH), replace(runtime, jobs=1)  # timed in this process
     data = workflow.load_data(config, runtime)
     parts: list[Part] = []
     began, probes, total = time.monotonic(), PROBES, 1

@@ -197,13 +197,20 @@ def phase_times(seconds: Mapping[str, float]) -> Figure:
 def record_curves(history: list[dict[str, Any]]) -> Figure:
     """One panel for each real number that the records hold, over steps, with stages told apart by colour.
 
-    What was measured on the validation split (`valid_loss`) is drawn over the same of the training batches (`loss`).
+    Stages that take turns are not joined by lines. What was measured on the validation split (`valid_loss`) is drawn over
+    the same of the training batches (`loss`).
     """
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for record in history:
+    turn, last_turn = 0, {}  # a stage that others interrupted goes on in a line of its own
+    for before, record in zip([None, *history], history, strict=False):
+        turn += before is not None and before["stage"] != record["stage"]
         for name, value in record.items():
             if name not in ("step", "stage") and isinstance(value, float):
-                series.setdefault(name, {}).setdefault(record["stage"], []).append((record["step"], value))
+                points = series.setdefault(name, {}).setdefault(record["stage"], [])
+                if last_turn.setdefault((name, record["stage"]), turn) != turn:
+                    points.append((record["step"], math.nan))
+                    last_turn[name, record["stage"]] = turn
+                points.append((record["step"], value))
     panels: dict[str, dict[str, dict[str, list[tuple[int, float]]]]] = {}
     for name, by_stage in series.items():
         of_training = name.removeprefix(VALID)

@@ -39,7 +39,7 @@ from trainbook.weights import export_weights, load_weights
 logger = logging.getLogger("trainbook")
 
 # Beyond any training step, and different from each in the 32 bits of a seed that a CPU uses: streams of their own.
-EVALUATION_STEP, DRAWING_STEP = 2**32 - 2, 2**32 - 1
+EXPORT_STEP, EVALUATION_STEP, DRAWING_STEP = 2**32 - 3, 2**32 - 2, 2**32 - 1
 # Of run.json, what every checkpoint and picture carries.
 ORIGIN = ("run_id", "command", "seed", "config_sha256", "authentic", "stamp", "data", "initial_weights", "provenance")
 
@@ -457,6 +457,11 @@ class Run:
         }
         export_weights(self.state.modules, self.folder.export, metadata)
         write_json(self.folder.export / "config.json", self._identity)
+        seed_step(self.config.seed, EXPORT_STEP)
+        for name, text in self.workflow.exports(self.config, self.data, self.state, self.summary["metrics"]).items():
+            (self.folder.export / name).write_text(text)
+            if name.endswith(".txt"):
+                print(text)
 
     def _checksums(self) -> dict[str, str]:
         files = [self.folder.metrics, *sorted(self.folder.export.iterdir()), *sorted(self.folder.figures.iterdir())]

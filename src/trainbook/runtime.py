@@ -20,6 +20,7 @@ from trainbook.errors import UserError
 RUNS, DATA, DEVICE = "TRAINBOOK_RUNS", "TRAINBOOK_DATA", "TRAINBOOK_DEVICE"
 TIME_BUDGET, LOG_LEVEL, PRICE = "TRAINBOOK_TIME_BUDGET", "TRAINBOOK_LOG_LEVEL", "TRAINBOOK_PRICE_PER_HOUR"
 PROCESSES, PARALLEL, WORKERS = "TRAINBOOK_PROCESSES", "TRAINBOOK_PARALLEL", "TRAINBOOK_WORKERS"
+JOBS = "TRAINBOOK_JOBS"
 CHECKPOINT_EVERY, KEEP = "TRAINBOOK_CHECKPOINT_EVERY", "TRAINBOOK_KEEP"
 CHECKPOINT_DIR, LOG_DIR, INPUTS = "TRAINBOOK_CHECKPOINT_DIR", "TRAINBOOK_LOG_DIR", "TRAINBOOK_INPUTS"
 MIRROR, MEMORY_LIMIT = "TRAINBOOK_MIRROR", "TRAINBOOK_MEMORY_LIMIT"
@@ -34,6 +35,7 @@ SETTINGS = {
     "processes": PROCESSES,
     "parallel": PARALLEL,
     "workers": WORKERS,
+    "jobs": JOBS,
     "checkpoint_every": CHECKPOINT_EVERY,
     "keep": KEEP,
     "checkpoint_dir": CHECKPOINT_DIR,
@@ -68,6 +70,7 @@ class Runtime:
         parallel: what each keeps of the weights: "copies" all of them (DDP), "slices" a slice of every parameter (FSDP2),
             "pipeline" some of the blocks of a sequence.
         workers: processes that read a data set too large for the device.
+        jobs: networks trained at the same time by a workflow that trains many, each in a process of its own.
         checkpoint_seconds: at most this much work is lost to a kill.
         keep: number of checkpoints kept.
         memory_limit: count on so many bytes of the device's free memory, or None for all of them.
@@ -89,6 +92,7 @@ class Runtime:
     processes: int = 1
     parallel: str = "copies"
     workers: int = 0
+    jobs: int = 1
     checkpoint_seconds: float = 60.0
     keep: int = 2
     memory_limit: int | None = None
@@ -149,6 +153,7 @@ def detect() -> Runtime:
         processes=processes,
         parallel=parallel,
         workers=_whole_number(WORKERS, 0, least=0),
+        jobs=_jobs(device),
         checkpoint_seconds=_checkpoint_seconds(),
         keep=_whole_number(KEEP, 2, least=1),
         memory_limit=parse_bytes(os.environ[MEMORY_LIMIT]) if os.environ.get(MEMORY_LIMIT) else None,
@@ -203,6 +208,12 @@ def import_from(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(folder), *filter(None, given)]))
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+def see_one_gpu(number: int) -> None:
+    """Leave this process one of the GPUs it sees, counted from 0, as its "cuda:0"; before torch uses any."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
 
 
 def group_size() -> int:
@@ -347,6 +358,16 @@ def _processes(where: str, device: str) -> tuple[int, str]:
         if (number := torch.cuda.device_count()) > 1:
             return number, f"Kaggle gave {number} GPUs"
     return 1, ""
+
+
+def _jobs(device: str) -> int:
+    if os.environ.get(JOBS) or group_size() > 1:
+        return _whole_number(JOBS, 1, least=1)
+    if device == "cpu":
+        return len(os.sched_getaffinity(0))
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda:0" else 1  # a card that was named is the only one asked for
 
 
 def _whole_number(name: str, default: int, least: int) -> int:
