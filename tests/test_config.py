@@ -27,6 +27,21 @@ def test_text_from_a_command_line_or_yaml_is_read_as_the_fields_type():
     assert (config.learning_rate, config.epochs, config.sizes, config.quick) == (5e-4, 7, (16, 8), True)
 
 
+@pytest.mark.parametrize("text", ["", "()", "[]", " "])
+def test_no_text_is_an_empty_tuple_where_one_is_allowed(text):
+    class Loose(BaseConfig):
+        """A config with a tuple of any length."""
+
+        PRESETS = {"smoke": {}, "laptop": {}, "full": {}}  # noqa: RUF012
+        sizes: tuple[int, ...] = (4, 2)
+
+    config = Loose.from_preset("laptop", {"sizes": text})
+    assert config.sizes == ()
+    assert Loose.from_preset("laptop", {"sizes": config.options("laptop")[1]}) == config
+    with pytest.raises(UserError):
+        Sample.from_preset("laptop", {"sizes": text})
+
+
 @pytest.mark.parametrize("text", ["false", "False", "0", "no"])
 def test_the_word_false_is_false(text):
     assert Sample.from_preset("laptop", {"quick": text}).quick is False

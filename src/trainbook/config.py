@@ -40,9 +40,10 @@ class BaseConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read "16, 16, 8" as a tuple, so that a command line and a YAML file can name one."""
+        """Read "16, 16, 8" as a tuple and "" as an empty one, so that a command line and a YAML file can name them."""
         if isinstance(value, str) and get_origin(cls.model_fields[info.field_name].annotation) is tuple:
-            return [part.strip() for part in value.strip("()[] ").split(",")]
+            inside = value.strip("()[] ")
+            return [part.strip() for part in inside.split(",")] if inside else []
         return value
 
     @classmethod

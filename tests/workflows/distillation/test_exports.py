@@ -134,3 +134,21 @@ def test_pictures(finished):
     drawn = {path.stem for path in finished.folder.figures.glob("*.png")}
     wanted = {"accuracy", "retention", "components", "confusion", "calibration", "valid_accuracy", "temperature", "gate"}
     assert wanted | {"missing_class", "phase_times"} <= drawn
+
+
+@pytest.mark.parametrize("stage", ["teacher", "direct", "kd"])
+def test_a_stage_alone_is_evaluated_drawn_and_reported(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINBOOK_DATA", str(tmp_path / "data"))
+    run = prepare("distillation", "smoke", OVERRIDES | {"stage": stage, "student_seeds": (3,), "labels": (40,)})
+    run.load_data()
+    run.build()
+    run.train(progress=False)
+    run.evaluate()
+    run.draw()
+    assert run.finish().startswith("complete")
+    metrics, text = run.summary["metrics"], (run.folder.export / "results.txt").read_text()
+    assert ("teacher/accuracy" in metrics) == (stage != "direct")
+    assert ("direct/accuracy_40_labels" in metrics) == (stage == "direct")
+    assert ("kd/retention_40_labels" in metrics) == (stage == "kd")
+    assert ("REGIME 40 labels" in text) == (stage != "teacher")
+    assert {verdict["verdict"] for verdict in run.summary["verdicts"]} == {"not for preset smoke"}

@@ -25,9 +25,9 @@ class Config(BaseConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "num_teachers": 2, "teacher_epochs": 3, "student_epochs": 2, "student_seeds": (0, 1), "labels": (0,),
+            "num_teachers": 2, "teacher_epochs": 3, "student_epochs": 1, "student_seeds": (0, 1), "labels": (0,),
             "unlabelled_arm": False, "methods": ("dkd",), "search_arms": 3, "search_epochs": 1, "parallel_pipeline": False,
-            "chunk_steps": 22, "teacher_width": 4,
+            "chunk_steps": 11, "teacher_width": 4,
         },
         "laptop": {},
         "full": _BRIEF,

@@ -136,9 +136,7 @@ class _Training:
         self.batches = Batches({"index": indices}, job.seed, min(config.batch_size, len(indices)))
         if saved is not None:
             self.learner.load_state_dict(saved["learner"])
-            self.stepper.load_state_dict(
-                copy.deepcopy(saved["stepper"])
-            )  # torch goes on in the very tensors
+            self.stepper.load_state_dict(copy.deepcopy(saved["stepper"]))  # torch goes on in the very tensors
             self.law.load_state_dict(saved["law"])
 
     def _soft_losses(self, student: Classifier) -> list[SoftLoss]:
