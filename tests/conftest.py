@@ -24,6 +24,7 @@ def own_folders(tmp_path, monkeypatch):
     for name in runtime.SETTINGS.values():
         os.environ.pop(name, None)
     os.environ[runtime.RUNS] = str(tmp_path / "runs")
+    os.environ[runtime.DATA] = str(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     yield
     os.environ.clear()  # a command line hands its options to its children through the environment

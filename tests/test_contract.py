@@ -17,7 +17,8 @@ WORKFLOWS = catalog.names()
 def finished(request, tmp_path_factory):
     """A smoke run of a workflow, trained, evaluated and drawn in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRAINBOOK_RUNS", str(tmp_path_factory.mktemp("runs")))
+        for setting in ("TRAINBOOK_RUNS", "TRAINBOOK_DATA"):
+            patch.setenv(setting, str(tmp_path_factory.mktemp("folder")))
         run = prepare(request.param, "smoke")
         run.load_data()
         run.build()

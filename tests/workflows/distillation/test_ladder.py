@@ -10,7 +10,6 @@ from torch import nn
 
 from trainbook.workflows.distillation.ladder import (
     accept_assistant,
-    check_descent,
     geometric_sizes,
     solve_width,
     teachers_at,
@@ -24,19 +23,11 @@ def test_sizes_fall_by_the_same_factor(assistants):
     assert (sizes[0], sizes[-1], len(sizes)) == (11_172_810, 273_674, assistants + 2)
     factors = [a / b for a, b in pairwise(sizes)]
     assert factors == pytest.approx([factors[0]] * len(factors), rel=1e-4)
-    assert check_descent(sizes)
 
 
 def test_a_ladder_does_not_go_up():
     with pytest.raises(ValueError, match="goes down"):
         geometric_sizes(100, 100, 1)
-
-
-def test_a_chain_that_rises_is_warned_of(caplog):
-    with caplog.at_level("WARNING", logger="trainbook"):
-        assert not check_descent([11_172_810, 130_890, 273_674])
-    assert "network 2" in caplog.text
-    assert "273,674" in caplog.text
 
 
 def count(width):

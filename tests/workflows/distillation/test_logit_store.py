@@ -4,7 +4,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +12,6 @@ from trainbook.workflows.distillation.logit_store import (
     LogitStore,
     cache_key,
     fingerprint_tensors,
-    view_seeds,
-    views_at,
 )
 
 N, K, C = 12, 2, 4
@@ -213,32 +210,3 @@ def test_two_processes_do_the_work_once(tmp_path):
     printed = "".join(process.communicate()[0] for process in processes).split()
     assert printed.count("computed") == 1
     assert printed.count("70.0") == 2
-
-
-def split_mix(value):
-    """SplitMix64's step in Python's own integers."""
-    value = (value + 0x9E3779B97F4A7C15) % 2**64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
-    return value ^ (value >> 31)
-
-
-def test_view_seeds_match_whole_numbers_and_do_not_depend_on_order():
-    indices = torch.randperm(1000)
-    for view in (0, 3):
-        expected = [split_mix((split_mix((split_mix(5) + i) % 2**64) + view) % 2**64) for i in indices.tolist()]
-        assert [seed % 2**64 for seed in view_seeds(5, indices, view).tolist()] == expected
-    assert torch.equal(view_seeds(5, indices, 3), view_seeds(5, torch.arange(1000), 3)[indices])
-    seeds = torch.cat([view_seeds(seed, torch.arange(1000), view) for seed in (0, 1) for view in range(9)])
-    assert len(seeds.unique()) == len(seeds)
-    ones = np.unpackbits(seeds.numpy().view(np.uint8)).mean()
-    assert ones == pytest.approx(0.5, abs=0.003)
-
-
-def test_every_view_is_shown_once_in_k_epochs():
-    indices = torch.arange(600)
-    shown = torch.stack([views_at(epoch, indices, 9, seed=1) for epoch in range(9)])
-    assert torch.equal(shown.sort(0).values, torch.arange(9)[:, None].expand(9, 600))
-    counts = torch.bincount(shown[0], minlength=9)
-    assert int(counts.min()) > 600 / 9 - 40  # the examples are spread over the views
-    assert torch.equal(views_at(9, indices, 9, seed=1), shown[0])

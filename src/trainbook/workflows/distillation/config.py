@@ -34,7 +34,7 @@ class Config(BaseConfig):
         "mnist_cpu": {
             **_BRIEF, "teacher_width": 16, "num_teachers": 2, "student_network": "simple_cnn", "teacher_epochs": 3,
             "student_epochs": 2, "student_seeds": _BRIEF_SEEDS[:3], "labels": (0, 1000), "ablation": False, "methods": (),
-            "search_arms": 3, "search_epochs": 1, "chunk_steps": 100,
+            "search_arms": 3, "search_epochs": 1, "chunk_steps": 40,
         },
     }  # fmt: skip
 

@@ -58,20 +58,6 @@ def solve_width(count_parameters: Callable[[int], int], wanted: int, low: int, h
     return width
 
 
-def check_descent(sizes: Sequence[int]) -> bool:
-    """Whether every network of a chain is smaller than the one before; the log warns when not."""
-    rises = [i for i in range(1, len(sizes)) if sizes[i] >= sizes[i - 1]]
-    for i in rises:
-        logger.warning(
-            "network %d of the chain has %s parameters and learns from one of %s: it cannot help the student more "
-            "than the larger ones before it",
-            i,
-            f"{sizes[i]:,}",
-            f"{sizes[i - 1]:,}",
-        )
-    return not rises
-
-
 def teachers_of(stage: int, mode: str) -> tuple[int, ...]:
     """Which earlier networks teach network `stage` (the original teacher is 0): the one before, or all before.
 

@@ -60,55 +60,6 @@ def cache_key(teacher: nn.Module, data_sha256: str, transform: Mapping[str, Any]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def view_seeds(seed: int, indices: Tensor, views: Tensor | int) -> Tensor:
-    """A seed for every (seed, example i, view k), by a counter: no state, any order, on any device.
-
-    h = mix(mix(mix(seed) + i) + k), mix the finaliser of SplitMix64, in arithmetic modulo 2^64.
-
-    Args:
-        seed: of the views.
-        indices: i, (B,) int64.
-        views: k, a number or (B,) int64.
-
-    Returns:
-        (B,) int64, all of their 64 bits random.
-    """
-    start = torch.tensor([seed], dtype=torch.int64, device=indices.device)
-    return _mix(_mix(_mix(start) + indices) + views)
-
-
-def _mix(value: Tensor) -> Tensor:
-    value = value + _signed(0x9E3779B97F4A7C15)
-    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shifted(value, 31)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    # int64 shifts keep the sign; the mask makes it a shift of unsigned numbers
-    return (value >> bits) & (2 ** (64 - bits) - 1)
-
-
-def views_at(epoch: int, indices: Tensor, views: int, seed: int) -> Tensor:
-    """Which view of each example an epoch shows: k = (epoch + offset_i) mod K, so that every K epochs show each once.
-
-    Args:
-        epoch: from 0.
-        indices: i, (B,) int64.
-        views: K.
-        seed: of the views.
-
-    Returns:
-        (B,) int64 in [0, K).
-    """
-    offsets = view_seeds(seed, indices, -1).remainder(views)
-    return (offsets + epoch) % views
-
-
 @dataclass
 class Counters:
     """What a store did in this process.
