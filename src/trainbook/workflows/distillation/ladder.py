@@ -1,6 +1,5 @@
 """The progressive chain: sizes and widths of the networks between teacher and student, who teaches whom, what is worth it."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,8 +7,6 @@ import numpy as np
 import torch
 
 from trainbook.seeding import step_seed
-
-logger = logging.getLogger("trainbook")
 
 MODES = ("takd", "dgkd")
 WIDTH_TOLERANCE = 0.10  # of the wanted number of parameters
