@@ -37,12 +37,14 @@ ROWS = [
     {"engine", "handover"},
     {"workflows", "mirror"},
     {"catalog"},
-    {"report", "execution", "processes", "spec"},
+    {"report", "execution", "processes", "spec", "objective"},
     {"run", "doctor", "bundles", "plan", "launching"},
     {"verification", "worker"},
     {"headless"},
     {"trials"},
-    {"sweep"},
+    {"sweep", "study", "search_pictures"},
+    {"search"},
+    {"tuning"},
     {"__main__"},
 ]
 ONLY_USERS = {
@@ -50,6 +52,7 @@ ONLY_USERS = {
     "ipywidgets": {"forms"},
     "papermill": {"execution"},
     "jupytext": {"execution"},
+    "optuna": {"study"},
     "torch.distributed.pipelining": {"pipeline"},
     "os.environ": {"runtime"},
 }

@@ -343,6 +343,7 @@ class Run:
             "provenance": provenance(),
             "segments": [*earlier, self._segment],
             "parameters": self.state.num_parameters(),
+            "planned_steps": self.state.total_steps,  # an early end lowers total_steps
         }
         self._write_summary()
 
