@@ -15,7 +15,7 @@ import pytest
 from tests import digits_classifier
 from tests.driving import CHILDREN, REPOSITORY
 from tests.test_sweep import digits, train  # noqa: F401  (a fixture)
-from trainbook import catalog, search, study, trials
+from trainbook import catalog, runtime, search, study, trials
 from trainbook.__main__ import main
 from trainbook.errors import RunFailed, UserError
 from trainbook.execution import run_notebook
@@ -31,14 +31,15 @@ COMMAND = ["tune", "digits_classifier", "--preset=smoke", "--steps=32", "--valid
 FIELDS = ["--field=learning_rate=1e-4..1e-1", "--field=batch_size=16,48"]
 
 
-def in_child(command, moment=""):
+def in_child(runs, command, moment=""):
     """Run the command line in another process, which dies the first time it comes to a moment, with digits trained there."""
-    child = CHILDREN.Process(target=_tune, args=(command, moment))
+    child = CHILDREN.Process(target=_tune, args=(runs, command, moment))
     child.start()
     return child
 
 
-def _tune(command, moment):
+def _tune(runs, command, moment):
+    os.environ[runtime.RUNS] = str(runs)
     workflow = catalog.Workflow("digits_classifier", digits_classifier)
     catalog.names = lambda: ["digits_classifier"]
     for module in (catalog, sys.modules["trainbook.run"], sys.modules["trainbook.report"]):
@@ -94,14 +95,14 @@ MOMENTS = [
 
 def test_killed_at_every_moment_it_ends_as_if_never_killed(tmp_path):
     runs = tmp_path / "runs"
-    whole = in_child([*COMMAND[:-1], "--study-id=whole", *FIELDS, "--trials=9"])
+    whole = in_child(tmp_path / "runs", [*COMMAND[:-1], "--study-id=whole", *FIELDS, "--trials=9"])
     whole.join()
     assert whole.exitcode == 0
     for moment in MOMENTS:
-        child = in_child([*COMMAND, *FIELDS, "--trials=9"], moment)
+        child = in_child(tmp_path / "runs", [*COMMAND, *FIELDS, "--trials=9"], moment)
         child.join()
         assert child.exitcode == -signal.SIGKILL, moment
-    last = in_child([*COMMAND, *FIELDS, "--trials=9"])
+    last = in_child(tmp_path / "runs", [*COMMAND, *FIELDS, "--trials=9"])
     last.join()
     assert last.exitcode == 0
     expected, best = entries(runs, "whole")
@@ -123,7 +124,7 @@ def test_killed_at_every_moment_it_ends_as_if_never_killed(tmp_path):
 
 
 def test_two_processes_share_a_study_and_no_trial_is_taken_twice(tmp_path):
-    both = [in_child([*COMMAND, *FIELDS, "--trials=8"]) for _ in range(2)]
+    both = [in_child(tmp_path / "runs", [*COMMAND, *FIELDS, "--trials=8"]) for _ in range(2)]
     for child in both:
         child.join()
     assert [child.exitcode for child in both] == [0, 0]
@@ -198,12 +199,11 @@ def test_one_field_with_fixed_seeds_is_a_sweep_of_it(digits, tmp_path):  # noqa:
     ]
 
 
-def test_a_run_that_is_ended_early_stops_resumable_and_nobody_takes_it_for_a_signal(tmp_path, monkeypatch):
+def test_a_run_that_is_ended_early_stops_resumable_and_nobody_takes_it_for_a_signal(tmp_path):
     """Through a kernel, as every trial is trained."""
     notebook = (REPOSITORY / "notebooks" / "timestep_dbn.ipynb").read_text()
     notebook = notebook.replace("from trainbook.workflows import", "from tests import")
     (tmp_path / "digits.ipynb").write_text(notebook.replace("timestep_dbn", "digits_classifier"))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     child = CHILDREN.Process(target=_end_early, args=(tmp_path,))
     child.start()
     child.join()
@@ -214,6 +214,7 @@ def test_a_run_that_is_ended_early_stops_resumable_and_nobody_takes_it_for_a_sig
 
 
 def _end_early(folder):
+    os.environ |= {"PYTHONPATH": str(REPOSITORY), runtime.RUNS: str(folder / "runs")}
     run, stop = RunFolder(folder / "runs" / "long"), threading.Event()
     code = run_notebook(
         catalog.Workflow("digits_classifier", digits_classifier),
