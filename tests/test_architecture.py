@@ -38,7 +38,7 @@ ROWS = [
     {"workflows", "mirror"},
     {"catalog"},
     {"report", "execution", "processes", "spec", "objective"},
-    {"run", "doctor", "bundles", "plan", "launching"},
+    {"run", "doctor", "bundles", "plan", "launching", "run_comparison"},
     {"verification", "worker"},
     {"headless"},
     {"trials"},

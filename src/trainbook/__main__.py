@@ -198,9 +198,15 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Several runs side by side: status, where their configs differ, and metrics."""
-    folders = [find_run(name, runtime.runs_folder()) for name in options.folders]
-    print(report.comparison_table(folders))
+    """Several runs side by side: where their configs differ, metrics with intervals over seeds, verdicts, curves in a page."""
+    from trainbook import run_comparison
+
+    found = run_comparison.columns([find_run(name, runtime.runs_folder()) for name in options.folders])
+    print(run_comparison.table(found))
+    if (differences := run_comparison.differences(found)) is not None:
+        print(f"\n{differences}")
+    run_comparison.write_page(found, options.out)
+    print(f"\npage    {options.out.absolute()}")
     return 0
 
 
@@ -355,6 +361,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             _add_processes(one)
     compare_parser = command(compare, "compare")
     compare_parser.add_argument("folders", nargs="+", metavar="RUN", help="run ids, or paths of run folders")
+    compare_parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write (default compare.html)"
+    )
     _add_runtime(command(doctor, "doctor"))
     return parser
 
