@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
     {"errors", "devices"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals", "kernel", "live"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
@@ -37,8 +37,9 @@ ROWS = [
     {"engine", "handover"},
     {"workflows", "mirror"},
     {"catalog"},
-    {"report", "execution", "processes", "spec", "objective"},
-    {"run", "doctor", "bundles", "plan", "launching", "run_comparison"},
+    {"report", "execution", "processes", "spec", "objective", "plan"},
+    {"forms"},
+    {"run", "doctor", "bundles", "launching", "run_comparison"},
     {"verification", "worker"},
     {"headless"},
     {"trials"},
