@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -36,12 +37,14 @@ def make_environment(folder, *packages):
     return python
 
 
-def install_kernel(folder, python):
+def install_kernel(folder, python, **environment):
     """A Jupyter path whose kernel `python3` runs this Python."""
     place = folder / "kernels" / "python3"
     place.mkdir(parents=True)
     command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (place / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    (place / "kernel.json").write_text(
+        json.dumps({"argv": command, "display_name": "Python 3", "language": "python", "env": environment})
+    )
     return folder
 
 
@@ -106,3 +109,55 @@ def keep(page, name):
     """Keep what the page looks like for a person to look at."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def wait_for_kernel(address, token):
+    """Until a page has a kernel that waits for work."""
+    for _ in range(600):
+        sessions = json.loads(urllib.request.urlopen(f"{address}/api/sessions?token={token}", timeout=30).read())
+        kernels = [session["kernel"] for session in sessions]
+        if any(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no kernel is ready: {sessions}")
+
+
+class Lab:
+    """JupyterLab's notebook, by the words on it."""
+
+    CELL, EDITOR = ".jp-CodeCell", ".cm-content"
+
+    def __init__(self, page, address, token, notebook):
+        self.page = page
+        page.goto(f"{address}/lab/tree/{notebook}?token={token}")
+        page.locator(self.CELL).first.wait_for()
+        page.get_by_role("button", name="No", exact=True).click()  # to be told Jupyter's news
+        wait_for_kernel(address, token)
+        page.wait_for_timeout(2000)  # a cell that is run before the page knows of the kernel asks which one to take
+
+    def cell(self, source):
+        return self.page.locator(self.CELL, has=self.page.locator(self.EDITOR, has_text=source)).first
+
+    def run(self, source, wait=True):
+        """Run the cell with this source as a person does, and give it."""
+        cell = self.cell(source)
+        cell.locator(self.EDITOR).first.click()
+        self.page.keyboard.press("Shift+Enter")
+        if wait:
+            cell.get_by_text(self.DONE).first.wait_for()
+        return cell
+
+    DONE = re.compile(r"^\s*(In )?\[\d+\]:?\s*$")
+
+
+class Notebook6(Lab):
+    """The classic notebook."""
+
+    CELL, EDITOR = ".code_cell", ".CodeMirror"
+
+    def __init__(self, page, address, token, notebook):
+        self.page = page
+        page.goto(f"{address}/notebooks/{notebook}?token={token}")
+        page.locator(self.CELL).first.wait_for()
+        wait_for_kernel(address, token)
+        page.wait_for_timeout(5000)  # its widgets load in their own time

@@ -69,7 +69,7 @@ class Form:
         self.reset = widgets.Button(description="Reset", tooltip="all fields as the preset has them")
         self.measure = widgets.Button(description="Estimate", tooltip="take a few real steps: parameters, time, memory")
         self._presets = {name: self._texts(self._class.from_preset(name)) for name in self._class.PRESETS}
-        self._quiet = False
+        self._quiet, self._measured = False, None
         self._set(self._texts(spec.config()))
         for one in self.inputs.values():
             one.observe(self._changed, "value")
@@ -123,7 +123,8 @@ class Form:
             config = self._class(**{**self._class.PRESETS[self.preset.value], **overrides})
         except ValidationError as error:
             for line in error.errors():
-                errors[str(line["loc"][0]) if line["loc"] else ""] = explain(line, self._class.model_fields)
+                name = str(line["loc"][0]) if line["loc"] else ""
+                errors[name] = explain(line, self._class.model_fields) if name else line["msg"].removeprefix("Value error, ")
         for name, note in self.notes.items():
             field = self._class.model_fields[name]
             if name in errors:
@@ -131,11 +132,12 @@ class Form:
             elif name in overrides:
                 note.value = _coloured(BLUE, f"● the preset has {self._presets[self.preset.value][name]!r}")
             else:
-                note.value = _coloured(GREY, allowed_values(field) if get_origin(field.annotation) is not Literal else "")
-        self.wrong.value = _coloured(RED, "✗ " + errors[""].rpartition(": ")[2]) if "" in errors else ""
+                shown = hasattr(self.inputs[name], "continuous_update")  # the others show their choices themselves
+                note.value = _coloured(GREY, allowed_values(field) if shown else "")
+        self.wrong.value = _coloured(RED, "✗ " + errors[""]) if "" in errors else ""
         self.save.disabled = self.measure.disabled = config is None
         self.message.value = ""
-        if self.estimated.value and not self.estimated.value.startswith("<s"):
+        if config != self._measured and self.estimated.value and not self.estimated.value.startswith("<s"):
             self.estimated.value = f"<s>{self.estimated.value}</s>"  # of other values
         return config
 
@@ -160,7 +162,7 @@ class Form:
     def _start_estimate(self) -> None:
         if (config := self._check()) is None:
             return
-        self.estimated.value = "measuring a few steps ..."
+        self.estimated.value, self._measured = "measuring a few steps ...", config
 
         def measure() -> None:
             try:

@@ -15,10 +15,10 @@ READINGS = {
     "steps_per_second": "{:.3g} steps/s",
     "examples_per_second": "{:.3g} examples/s",
     "gpu_utilisation_percent": "GPU {:.0f} %",
-    "gpu_memory_bytes": "GPU memory {:.2g} B",
+    "gpu_memory_bytes": "GPU memory {:,.0f} MB",
     "gpu_temperature_celsius": "{:.0f} °C",
     "gpu_power_watts": "{:.0f} W",
-    "host_memory_bytes": "memory {:.2g} B",
+    "host_memory_bytes": "memory {:,.0f} MB",
 }
 
 
@@ -78,7 +78,7 @@ class LiveView:
             html.escape(progress.stage),
             f"step {progress.step:,} of {progress.total_steps:,}",
             "" if left is None else f"{tqdm.format_interval(left)} left",
-            *(form.format(progress.reading[name]) for name, form in READINGS.items() if name in progress.reading),
+            *(form.format(_scaled(name, progress.reading[name])) for name, form in READINGS.items() if name in progress.reading),
         ]
         bar = (
             '<div style="background:#e6e9ed;height:8px;border-radius:4px;max-width:770px">'
@@ -87,6 +87,10 @@ class LiveView:
         shown = sorted(self.curves, key=lambda name: "loss" not in name)[:MAX_CURVES]
         charts = "".join(chart(name.replace("_", " "), self.curves[name]) for name in shown)
         return f'<div style="font:13px sans-serif">{" · ".join(filter(None, told))}{bar}{charts}</div>'
+
+
+def _scaled(name: str, value: float) -> float:
+    return value / 1e6 if name.endswith("_bytes") else value
 
 
 def chart(title: str, points: list[tuple[int, float]]) -> str:
