@@ -57,18 +57,18 @@ def test_a_person_tunes_trains_stops_and_resumes(notebook):
         return row
 
     row = change("timesteps", "0")
-    row.get_by_text("greater than or equal to 1").wait_for()
+    row.get_by_text("greater than or equal to 1").first.wait_for()
     save = form.get_by_role("button", name="Save")
     save.and_(lab.page.locator(":disabled")).wait_for()
     form.scroll_into_view_if_needed()
     keep(lab.page, f"{name}-1-mistake")
     row = change("timesteps", "4")
-    row.get_by_text("the preset has '3'").wait_for()
-    change("epochs_per_timestep", str(EPOCHS)).get_by_text("the preset has '2'").wait_for()
+    row.get_by_text("the preset has '3'").first.wait_for()
+    change("epochs_per_timestep", str(EPOCHS)).get_by_text("the preset has '2'").first.wait_for()
     form.get_by_role("button", name="Estimate").click()
-    form.get_by_text(" parameters; ").wait_for()
+    form.get_by_text(" parameters; ").first.wait_for()
     save.click()
-    form.get_by_text("saved as run.toml").wait_for()
+    form.get_by_text("saved as run.toml").first.wait_for()
     keep(lab.page, f"{name}-2-saved")
     spec = tomllib.loads((work / "run.toml").read_text())
     assert (spec["workflow"], spec["preset"]) == ("timestep_dbn", "smoke")
@@ -79,11 +79,11 @@ def test_a_person_tunes_trains_stops_and_resumes(notebook):
         lab.run(source)
     cell = lab.run("run.train()", wait=False)
     cell.locator("svg polyline").first.wait_for()
-    cell.get_by_text("chain ·").wait_for()
+    cell.get_by_text("chain ·").first.wait_for()
     cell.scroll_into_view_if_needed()
     keep(lab.page, f"{name}-3-training")
     cell.get_by_role("button", name="Stop").click()
-    cell.get_by_text("stopped at step").wait_for()
+    cell.get_by_text("stopped at step").first.wait_for()
     keep(lab.page, f"{name}-4-stopped")
     (path,) = (work / "runs").glob("*/run.json")
     folder = RunFolder(path.parent)
@@ -91,7 +91,7 @@ def test_a_person_tunes_trains_stops_and_resumes(notebook):
     assert (stopped["status"], stopped["why"]) == ("stopped", "Stop was pressed")
     assert 0 < stopped["step"] < stopped["total_steps"]
     cell.get_by_role("button", name="Resume").click()
-    cell.get_by_text("complete at step").wait_for()
+    cell.get_by_text("complete at step").first.wait_for()
     keep(lab.page, f"{name}-5-resumed")
 
     # The figures.
@@ -101,7 +101,7 @@ def test_a_person_tunes_trains_stops_and_resumes(notebook):
     assert cell.locator("img").count() >= 4
     cell.scroll_into_view_if_needed()
     keep(lab.page, f"{name}-6-figures")
-    lab.run("run.finish()").get_by_text("complete: ").wait_for()
+    lab.run("run.finish()").get_by_text("complete: ").first.wait_for()
     summary = folder.summary()
     assert summary["status"] == "complete"
     assert [segment["first_step"] for segment in summary["segments"]] == [0, stopped["step"]]
