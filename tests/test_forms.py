@@ -129,13 +129,13 @@ def test_a_saved_form_makes_the_notebooks_run_another_one_but_not_while_it_train
 
 
 def progress(step, **numbers):
-    return Progress(step, 100, "fit", {name: (step, value) for name, value in numbers.items()}, {"host_memory_bytes": 1e9})
+    return Progress(step, 100, "fit", {name: [(step, value)] for name, value in numbers.items()}, {"host_memory_bytes": 1e9})
 
 
 def test_curves_hold_all_of_a_long_run_in_few_points():
     view = LiveView()
     for step in range(1, 5001):
-        page = view.show(Progress(step, 5000, "fit", {"loss": (step, 1.0 / step)}, {"steps_per_second": 50.0}))
+        page = view.show(Progress(step, 5000, "fit", {"loss": [(step, 1.0 / step)]}, {"steps_per_second": 50.0}))
     points = view.curves["loss"]
     assert len(points) <= MAX_POINTS
     assert points[0] == (1, 1.0)
@@ -144,6 +144,14 @@ def test_curves_hold_all_of_a_long_run_in_few_points():
     assert "step 5,000 of 5,000" in page
     assert "50 steps/s" in page
     assert page.count("<polyline") == 1
+
+
+def test_the_curves_of_the_stage_under_way_come_first():
+    view = LiveView()
+    names = [f"metric {index}" for index in range(8)]
+    view.load([{"step": 1, "stage": "first", **dict.fromkeys(names, 1.0)}])
+    page = view.show(Progress(2, 9, "second", {"another": [(2, 5.0)]}, {}))
+    assert page.index("another") < page.index("metric 0")
 
 
 def test_a_step_that_is_taken_again_does_not_bend_the_curve_back():

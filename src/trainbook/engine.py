@@ -101,6 +101,7 @@ class Engine:
     watch: Callable[[Progress], bool] | None = None
     _stop_asked: bool = False
     _reading: dict[str, Any] = field(default_factory=dict)
+    _points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
     _saving: Future | None = None
     _saving_step: int = 0
@@ -171,7 +172,7 @@ class Engine:
                         measured = now
                     events.write(numbers)
                     if self.watch is not None:
-                        progress = Progress(state.step, state.total_steps, state.stage, values, self._reading)
+                        progress = Progress(state.step, state.total_steps, state.stage, self._points, self._reading)
                         self._stop_asked = self.watch(progress) or self._stop_asked
                 if save and saved_step != state.step:
                     self._save(writer, metrics, state)
@@ -227,6 +228,7 @@ class Engine:
     def _flush(self, metrics: IO[bytes], state: TrainState, bar: tqdm) -> dict[str, float]:
         """Check and write the records since the last time; returns the numbers of the last one that had any."""
         lines, numbers = [], {}
+        self._points = {}
         for step, stage, record in self._pending:
             for kind, text in record.metrics.get("hints", {}).items():
                 if kind not in self._hinted:  # once a session; the records have it every time
@@ -240,7 +242,11 @@ class Engine:
                 raise RunFailed(self._explain_non_finite(step, stage, bad, state))
             if values:
                 lines.append(json.dumps({"step": step, "stage": stage, **values}))
-                numbers.update({name: (step, value) for name, value in values.items() if isinstance(value, float)})
+                of_step = {name: (step, value) for name, value in values.items() if isinstance(value, float)}
+                numbers.update(of_step)
+                if self.watch is not None:
+                    for name, point in of_step.items():
+                        self._points.setdefault(name, []).append(point)
                 bar.set_description_str(stage, refresh=False)
         bar.set_postfix({name: f"{value:.4g}" for name, (_, value) in list(numbers.items())[:3]}, refresh=False)
         bar.total = state.total_steps

@@ -89,7 +89,7 @@ class Form:
 
         text = " ".join((self._class.model_fields[name].description or "").split())
         label = widgets.HTML(f'<span title="{html.escape(text, quote=True)}" style="cursor:help">{name}</span>')
-        label.layout.width = "230px"
+        label.layout.min_width, self.inputs[name].layout.min_width = "230px", "300px"
         return widgets.HBox([label, self.inputs[name], self.notes[name]])
 
     def _texts(self, config: BaseConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import html
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,14 @@ class Progress:
 
     Attributes:
         step, total_steps, stage: of the training.
-        numbers: name of a metric to the step and value of the last record that had it, of the last second.
+        numbers: name of a metric to the (step, value) of the records of the last second that have it.
         reading: of the machine, see `Session.reading`.
     """
 
     step: int
     total_steps: int
     stage: str
-    numbers: Mapping[str, tuple[int, float]]
+    numbers: Mapping[str, Sequence[tuple[int, float]]]
     reading: Mapping[str, Any]
 
 
@@ -48,28 +48,29 @@ class LiveView:
     """
 
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    _stages: dict[str, str] = field(default_factory=dict)
     _started: tuple[float, int] | None = None
 
     def load(self, history: Iterable[Mapping[str, Any]]) -> None:
         """Take up what earlier sessions recorded."""
         for record in history:
-            self._add({n: (record["step"], v) for n, v in record.items() if isinstance(v, float)})
+            self._add({n: [(record["step"], v)] for n, v in record.items() if isinstance(v, float)}, record["stage"])
 
-    def _add(self, numbers: Mapping[str, tuple[int, float]]) -> None:
-        for name, point in numbers.items():
+    def _add(self, numbers: Mapping[str, Sequence[tuple[int, float]]], stage: str) -> None:
+        for name, points in numbers.items():
             curve = self.curves.setdefault(name, [])
-            if curve and point[0] <= curve[-1][0]:  # taken again after a stop
-                continue
-            curve.append(point)
-            if len(curve) > MAX_POINTS:
-                del curve[1::2]
+            last = curve[-1][0] if curve else -1
+            curve += [point for point in points if point[0] > last]  # others are taken again after a stop
+            while len(curve) > MAX_POINTS:
+                del curve[1:-1:2]
+            self._stages[name] = stage
 
     def show(self, progress: Progress) -> str:
         """The page after this progress."""
         now = time.monotonic()
         if self._started is None or progress.step < self._started[1]:
             self._started = (now, progress.step)
-        self._add({name: point for name, point in progress.numbers.items() if isinstance(point[1], float)})
+        self._add(progress.numbers, progress.stage)
         began, first = self._started
         done = progress.step - first
         left = (now - began) / done * (progress.total_steps - progress.step) if done else None
@@ -84,7 +85,8 @@ class LiveView:
             '<div style="background:#e6e9ed;height:8px;border-radius:4px;max-width:770px">'
             f'<div style="background:#1f6fb4;height:8px;border-radius:4px;width:{100 * min(share, 1):.1f}%"></div></div>'
         )
-        shown = sorted(self.curves, key=lambda name: "loss" not in name)[:MAX_CURVES]
+        of_now = [name for name, stage in self._stages.items() if stage == progress.stage]
+        shown = sorted(self.curves, key=lambda name: (name not in of_now, "loss" not in name))[:MAX_CURVES]
         charts = "".join(chart(name.replace("_", " "), self.curves[name]) for name in shown)
         return f'<div style="font:13px sans-serif">{" · ".join(filter(None, told))}{bar}{charts}</div>'
 
@@ -100,11 +102,13 @@ def chart(title: str, points: list[tuple[int, float]]) -> str:
     across = (WIDTH - 12) / max(steps[-1] - steps[0], 1)
     up = (HEIGHT - 12) / ((high - low) or 1.0)
     line = " ".join(f"{6 + (s - steps[0]) * across:.1f},{HEIGHT - 6 - (v - low) * up:.1f}" for s, v in points)
+    x, y = line.rpartition(" ")[2].split(",")
+    dot = f'<circle cx="{x}" cy="{y}" r="2.5" fill="#1f6fb4"/>'  # the newest
     return (
         f'<div style="display:inline-block;margin:6px 8px 0 0;vertical-align:top"><div style="font-size:12px;width:{WIDTH}px">'
         f"<b>{html.escape(title)}</b> {values[-1]:.4g}</div>"
         f'<svg width="{WIDTH}" height="{HEIGHT}" style="border:1px solid #d0d7de;background:#fff">'
-        f'<polyline points="{line}" fill="none" stroke="#1f6fb4" stroke-width="1.4"/></svg>'
+        f'<polyline points="{line}" fill="none" stroke="#1f6fb4" stroke-width="1.4"/>{dot}</svg>'
         f'<div style="font-size:10px;color:#57606a;width:{WIDTH}px">{low:.3g} to {high:.3g}; '
         f"steps {steps[0]:,} to {steps[-1]:,}</div></div>"
     )

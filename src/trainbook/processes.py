@@ -105,7 +105,7 @@ def _wait(launcher: subprocess.Popen, signals: StopSignals, folder: RunFolder, w
 def _progress(folder: RunFolder) -> Progress:
     record, reading = last_line(folder.metrics), last_line(folder.system)
     step, total = max(record.get("step", 0), reading.get("step", 0)), folder.summary()["planned_steps"]
-    numbers = {name: (step, value) for name, value in record.items() if isinstance(value, float)}
+    numbers = {name: [(record["step"], value)] for name, value in record.items() if isinstance(value, float)}
     return Progress(step, total, record.get("stage", ""), numbers, reading)
 
 
