@@ -125,7 +125,7 @@ def wait_for_kernel(address, token):
 class Lab:
     """JupyterLab's notebook, by the words on it."""
 
-    CELL, EDITOR = ".jp-CodeCell", ".cm-content"
+    CELL, EDITOR, PROMPT = ".jp-CodeCell", ".cm-content", ".jp-InputPrompt"
 
     def __init__(self, page, address, token, notebook):
         self.page = page
@@ -144,16 +144,14 @@ class Lab:
         cell.locator(self.EDITOR).first.click()
         self.page.keyboard.press("Shift+Enter")
         if wait:
-            cell.get_by_text(self.DONE).first.wait_for()
+            cell.locator(self.PROMPT).filter(has_text=re.compile(r"\[\d+\]")).wait_for()
         return cell
-
-    DONE = re.compile(r"^\s*(In )?\[\d+\]:?\s*$")
 
 
 class Notebook6(Lab):
     """The classic notebook."""
 
-    CELL, EDITOR = ".code_cell", ".CodeMirror"
+    CELL, EDITOR, PROMPT = ".code_cell", ".CodeMirror", ".input_prompt"
 
     def __init__(self, page, address, token, notebook):
         self.page = page
