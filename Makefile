@@ -4,7 +4,7 @@ BIN := .venv/bin
 NAME ?= timestep_dbn
 PRESET ?= laptop
 
-.PHONY: demo test test-slow test-platforms run lint notebooks benchmarks pins clean
+.PHONY: demo test test-slow test-platforms test-browser run lint notebooks benchmarks pins clean
 
 demo: .venv/ready
 	$(BIN)/trainbook run timestep_dbn --preset laptop
@@ -19,6 +19,11 @@ test-slow: .venv/ready
 # Installs what it tests against: the front ends and the clients of the platforms.
 test-platforms: .venv/ready
 	$(BIN)/python -m pytest -m platforms -o addopts="-ra --strict-markers"
+
+# Installs what drives the browser, and the front ends; Chromium itself comes from the system: apt-get install chromium.
+test-browser: .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements-pinned.txt --editable '.[test,browser]'
+	$(BIN)/python -m pytest -m browser -o addopts="-ra --strict-markers"
 
 run: .venv/ready
 	$(BIN)/trainbook run $(NAME) --preset $(PRESET)

@@ -55,7 +55,8 @@ run = trainbook.start(timestep_dbn, preset, overrides, run_id, authentic)
 
 # %% [markdown]
 # ## What will be learned
-# Every field, its bounds and its meaning. Change one through `overrides` above; a misspelt name or a value out of
+# Every field, its bounds and its meaning; where a person is, a form: Save writes `run.toml`, which every launcher reads,
+# and lets the cells below train it. Headless, change fields through `overrides` above. A misspelt name or a value out of
 # range is refused before anything is spent.
 
 # %%

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 # A module may import modules of a lower row only.
 ROWS = [
     {"errors", "devices"},
-    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals"},
+    {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals", "kernel", "live"},
     {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
     {
         "state",
@@ -37,12 +37,15 @@ ROWS = [
     {"engine", "handover"},
     {"workflows", "mirror"},
     {"catalog"},
-    {"report", "execution", "processes", "spec"},
-    {"run", "doctor", "bundles", "plan", "launching"},
+    {"report", "execution", "processes", "spec", "objective", "plan"},
+    {"forms"},
+    {"run", "doctor", "bundles", "launching", "run_comparison"},
     {"verification", "worker"},
     {"headless"},
     {"trials"},
-    {"sweep"},
+    {"sweep", "study", "search_pictures"},
+    {"search"},
+    {"tuning"},
     {"__main__"},
 ]
 ONLY_USERS = {
@@ -50,6 +53,7 @@ ONLY_USERS = {
     "ipywidgets": {"forms"},
     "papermill": {"execution"},
     "jupytext": {"execution"},
+    "optuna": {"study"},
     "torch.distributed.pipelining": {"pipeline"},
     "os.environ": {"runtime"},
 }

@@ -23,7 +23,7 @@ QUICK = {"batch_size": 48, "steps": 30, "learning_rate": 0.01}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items() if name != "steps"]
 
 
-def train(name, preset, overrides, run_id, authentic=False, stop=None):
+def train(name, preset, overrides, run_id, authentic=False, stop=None, ends_early=None):
     """What the notebook does, without a kernel."""
     run = running.prepare(name, preset, overrides, run_id, authentic)
     run.load_data()
@@ -179,7 +179,7 @@ def test_the_table_says_what_scipy_says_of_the_runs_metrics(digits, tmp_path, mo
     assert_same_run(RunFolder(tmp_path / "runs" / "alone"), RunFolder(whole))
     before = {entry["run_id"]: files(tmp_path / "runs" / entry["run_id"]) for entry in summary["runs"]}
     executed = []
-    monkeypatch.setattr(trials, "execute", lambda *run, stop: executed.append(run[3]) or train(*run))
+    monkeypatch.setattr(trials, "execute", lambda *run, **_: executed.append(run[3]) or train(*run))
     assert main([*command, "--field=steps=8,60,9", "--seeds=2,0"]) == 0
     assert "6 runs, 4 of them complete" in (said := capfd.readouterr().out)
     assert said.count("complete\n") == 3  # that line, and one for each of two
@@ -204,7 +204,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_trained(digits, tmp_path, m
             raise RunFailed("too fast")
         return whole(config, data, state)
 
-    def refuses(name, preset, overrides, run_id, authentic, stop):
+    def refuses(name, preset, overrides, run_id, authentic, stop, ends_early):
         return EXIT_CODES["failed"] + 1 if "0.5" in overrides.values() else train(name, preset, overrides, run_id, authentic)
 
     monkeypatch.setattr(digits_classifier, "train", breaks)
@@ -224,7 +224,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_trained(digits, tmp_path, m
 
 @pytest.mark.parametrize("when", ["before", "while", "after"])
 def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(when, digits, tmp_path, monkeypatch, capfd):
-    def interrupted(name, preset, overrides, run_id, authentic, stop):
+    def interrupted(name, preset, overrides, run_id, authentic, stop, ends_early):
         if "steps_6" not in run_id:
             return train(name, preset, overrides, run_id, authentic)
         if when == "before":
@@ -248,7 +248,7 @@ def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(when, digits, 
 def test_the_time_budget_is_the_whole_sweeps(digits, monkeypatch, tmp_path):
     budgets = []
 
-    def slow(name, preset, overrides, run_id, authentic, stop):
+    def slow(name, preset, overrides, run_id, authentic, stop, ends_early):
         budgets.append(runtime.parse_duration(os.environ[runtime.TIME_BUDGET]))
         time.sleep(0.6)
         folder = RunFolder(tmp_path / "runs" / run_id)

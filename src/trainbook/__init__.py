@@ -12,5 +12,5 @@ __version__ = "0.1.0"
 
 calm_threads()  # before torch is loaded
 
-__getattr__, _dir, _all = lazy_loader.attach(__name__, submod_attrs={"run": ["Run", "start"]})
-__all__ = ["Run", "UserError", "__version__", "start"]
+__getattr__, _dir, _all = lazy_loader.attach(__name__, submod_attrs={"run": ["Run", "start"], "tuning": ["ConfigurationTuner"]})
+__all__ = ["ConfigurationTuner", "Run", "UserError", "__version__", "start"]

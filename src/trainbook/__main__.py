@@ -1,4 +1,4 @@
-"""The command line: list, show, plan, run, sweep, bundle, resume, verify, report, compare, doctor."""
+"""The command line: list, show, plan, run, sweep, tune, bundle, resume, verify, report, compare, doctor."""
 
 import argparse
 import sys
@@ -107,16 +107,23 @@ def sweep(options: argparse.Namespace) -> int:
     """Train every combination of some fields' values with every seed, and show what the fields do to the metrics."""
     from trainbook import sweep as sweeping
 
-    given = {name for name in vars(options) if name in catalog.load(options.name).Config.model_fields}
-    fields = sweeping.read_fields(options.sweep_fields)
-    if twice := sorted(given & fields.keys()):
-        raise UserError(f"{', '.join(twice)} is given as an option and with --field", "give one of the two")
-    if "seed" in given and options.sweep_seeds:
+    fields = _tried_fields(options)
+    if "seed" in vars(options) and options.sweep_seeds:
         raise UserError("--seed and --seeds both say the seed", "give one of the two")
     planned = sweeping.plan(
         options.name, options.preset, _overrides(options), fields, options.sweep_seeds, _is_authentic(options), options.sweep_id
     )
     return sweeping.run(planned, options.sweep_metrics)
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Search for the best values of some fields, trial after trial, each an ordinary run; again: goes on."""
+    from trainbook.tuning import ConfigurationTuner
+
+    fields = _tried_fields(options)
+    tuner = ConfigurationTuner(options.name, options.preset, _overrides(options), _is_authentic(options))
+    wanted = (options.tune_trials, options.tune_budget, options.tune_metric, options.tune_best, options.study_id)
+    return tuner.tune(fields, *wanted).code
 
 
 def bundle(options: argparse.Namespace) -> int:
@@ -191,9 +198,15 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Several runs side by side: status, where their configs differ, and metrics."""
-    folders = [find_run(name, runtime.runs_folder()) for name in options.folders]
-    print(report.comparison_table(folders))
+    """Several runs side by side: where their configs differ, metrics with intervals over seeds, verdicts, curves in a page."""
+    from trainbook import run_comparison
+
+    found = run_comparison.columns([find_run(name, runtime.runs_folder()) for name in options.folders])
+    print(run_comparison.table(found))
+    if (differences := run_comparison.differences(found)) is not None:
+        print(f"\n{differences}")
+    run_comparison.write_page(found, options.out)
+    print(f"\npage    {options.out.absolute()}")
     return 0
 
 
@@ -235,6 +248,16 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     brief = read_brief(options.config, options.name, config)
     runtime.export(**{name: value for name, value in brief.settings.items() if getattr(options, name) is None})
     return brief.overrides | overrides
+
+
+def _tried_fields(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What --field says, of fields that no option says too."""
+    from trainbook.sweep import read_fields
+
+    fields = read_fields(options.sweep_fields)
+    if twice := sorted(fields.keys() & vars(options).keys() & catalog.load(options.name).Config.model_fields.keys()):
+        raise UserError(f"{', '.join(twice)} is given as an option and with --field", "give one of the two")
+    return fields
 
 
 def _workflows() -> list[catalog.Workflow]:
@@ -310,6 +333,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             one = swept.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
             _add_sweep(one)
             _add_run(one, workflow)
+    tune_parser = command(tune, "tune")
+    tuned = tune_parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    if arguments[:1] == ["tune"]:
+        for workflow in _workflows():
+            one = tuned.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
+            _add_tune(one)
+            _add_run(one, workflow)
     bundle_parser = command(bundle, "bundle")
     bundle_parser.add_argument("platform", choices=PLATFORMS)
     bundled = bundle_parser.add_subparsers(required=True, metavar="NAME", dest="name")
@@ -331,6 +361,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             _add_processes(one)
     compare_parser = command(compare, "compare")
     compare_parser.add_argument("folders", nargs="+", metavar="RUN", help="run ids, or paths of run folders")
+    compare_parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write (default compare.html)"
+    )
     _add_runtime(command(doctor, "doctor"))
     return parser
 
@@ -397,6 +430,35 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         help="show this too, beside those of the targets; accuracy stands for every model's: model/accuracy, guess/accuracy",
     )
     parser.add_argument("--sweep-id", default="", help="begins the names of its folders (default: from what is swept)")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--field",
+        dest="sweep_fields",
+        action="append",
+        required=True,
+        metavar="FIELD=LOW..HIGH",
+        help="a range to search, by ratio where its ends are a factor of 10 apart; or values: FIELD=VALUE,VALUE,...",
+    )
+    parser.add_argument(
+        "--trials",
+        dest="tune_trials",
+        type=int,
+        metavar="N",
+        help="trials altogether (default 20, or as many as --budget has time for)",
+    )
+    parser.add_argument("--budget", dest="tune_budget", default="", help="for all trials of this call, such as 20m; then stop")
+    parser.add_argument(
+        "--metric",
+        dest="tune_metric",
+        default="",
+        metavar="METRIC",
+        help="to look for: held out, such as model/accuracy, or of the records, such as valid_loss; those let bad trials end "
+        "early (default: best_metric where the config validates, else the first target's)",
+    )
+    parser.add_argument("--best", dest="tune_best", default="", choices=["highest", "lowest"], help="which value of it is best")
+    parser.add_argument("--study-id", default="", help="begins the names of its folders (default: from what is searched)")
 
 
 def _add_runtime(parser: argparse.ArgumentParser) -> None:

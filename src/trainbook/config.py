@@ -2,7 +2,9 @@
 
 import difflib
 import hashlib
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -101,6 +103,39 @@ def explain(line: dict[str, Any], fields: Iterable[str]) -> str:
     if line["type"] == "missing":
         return f"{name} is missing"
     return f"{name} = {line['input']!r}: {line['msg'].removeprefix('Value error, ')}"
+
+
+def field_groups(config_class: type[BaseConfig]) -> dict[str, list[str]]:
+    """Fields that stand together: a class's own before those it inherits, apart where its source has an empty line."""
+    groups: dict[str, list[str]] = {}
+    for owner in config_class.__mro__:
+        if issubclass(owner, BaseConfig):
+            for names in _paragraphs(owner):
+                own = [name for name in names if name in config_class.model_fields and not _is_in(name, groups)]
+                if own:
+                    groups[", ".join(own[:4]) + (", ..." if len(own) > 4 else "")] = own
+        if owner is BaseConfig:
+            break
+    return groups
+
+
+def _is_in(name: str, groups: dict[str, list[str]]) -> bool:
+    return any(name in names for names in groups.values())
+
+
+def _paragraphs(owner: type[BaseConfig]) -> list[list[str]]:
+    """Names annotated in a class, split at empty lines; all together where there is no source to read."""
+    try:
+        lines = inspect.getsource(owner).splitlines()
+    except (OSError, TypeError):
+        return [list(owner.__annotations__)]
+    found: list[list[str]] = [[]]
+    for line in lines:
+        if not line.strip():
+            found.append([])
+        elif (match := re.match(r"    (\w+): ", line)) and match[1] in owner.__annotations__:
+            found[-1].append(match[1])
+    return [names for names in found if names]
 
 
 def allowed_values(field: FieldInfo) -> str:

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from trainbook import distributed
 from trainbook.checkpoints import set_aside_after, write_checkpoint
 from trainbook.errors import RunFailed
 from trainbook.events import Events
+from trainbook.live import Progress
 from trainbook.monitor import Monitor
 from trainbook.records import Record, RunFolder
 from trainbook.records import now as now_utc
@@ -86,6 +87,7 @@ class Engine:
         keep: number of checkpoints kept.
         progress: show a progress bar.
         origin: what every checkpoint says of where it comes from, plain JSON.
+        watch: shown the progress about once a second, between two steps; True asks for a stop.
     """
 
     folder: RunFolder
@@ -96,6 +98,10 @@ class Engine:
     keep: int = 2
     progress: bool = True
     origin: dict[str, Any] = field(default_factory=dict)
+    watch: Callable[[Progress], bool] | None = None
+    _stop_asked: bool = False
+    _reading: dict[str, Any] = field(default_factory=dict)
+    _points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     _pending: list[tuple[int, str, Record]] = field(default_factory=list)
     _saving: Future | None = None
     _saving_step: int = 0
@@ -156,15 +162,18 @@ class Engine:
                 else:
                     why, save = state.ending or "all steps done", True
                 if save or now - flushed >= FLUSH_SECONDS:
-                    values = self._flush(metrics, state, bar)
+                    values = numbers = self._flush(metrics, state, bar)
                     flushed = now
                     if now - measured >= SYSTEM_SECONDS or (record is not None and record.milestone):
-                        reading = session.reading(state.step, now)
+                        reading = self._reading = session.reading(state.step, now)
                         where = {"session": session.name, "stage": state.stage, "step": state.step}
                         self._write(system, [json.dumps(where | reading)])
-                        values.update({name: (state.step, value) for name, value in reading.items()})
+                        numbers = values | {name: (state.step, value) for name, value in reading.items()}
                         measured = now
-                    events.write(values)
+                    events.write(numbers)
+                    if self.watch is not None:
+                        progress = Progress(state.step, state.total_steps, state.stage, self._points, self._reading)
+                        self._stop_asked = self.watch(progress) or self._stop_asked
                 if save and saved_step != state.step:
                     self._save(writer, metrics, state)
                     saved_step, saved = state.step, time.monotonic()
@@ -210,6 +219,8 @@ class Engine:
     def _stop_reason(self, signals: StopSignals, now: float) -> str:
         if signals.received:
             return f"{signals.received} received"
+        if self._stop_asked:
+            return "Stop was pressed"
         if self.deadline is not None and now >= self.deadline:
             return "the time budget is spent"
         return ""
@@ -217,6 +228,7 @@ class Engine:
     def _flush(self, metrics: IO[bytes], state: TrainState, bar: tqdm) -> dict[str, float]:
         """Check and write the records since the last time; returns the numbers of the last one that had any."""
         lines, numbers = [], {}
+        self._points = {}
         for step, stage, record in self._pending:
             for kind, text in record.metrics.get("hints", {}).items():
                 if kind not in self._hinted:  # once a session; the records have it every time
@@ -230,7 +242,11 @@ class Engine:
                 raise RunFailed(self._explain_non_finite(step, stage, bad, state))
             if values:
                 lines.append(json.dumps({"step": step, "stage": stage, **values}))
-                numbers.update({name: (step, value) for name, value in values.items() if isinstance(value, float)})
+                of_step = {name: (step, value) for name, value in values.items() if isinstance(value, float)}
+                numbers.update(of_step)
+                if self.watch is not None:
+                    for name, point in of_step.items():
+                        self._points.setdefault(name, []).append(point)
                 bar.set_description_str(stage, refresh=False)
         bar.set_postfix({name: f"{value:.4g}" for name, (_, value) in list(numbers.items())[:3]}, refresh=False)
         bar.total = state.total_steps

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def run_notebook(
     parameters: dict[str, Any],
     notebook: Path | None = None,
     stop: threading.Event | None = None,
+    ends_early: Callable[[], bool] | None = None,
 ) -> int:
     """Execute the workflow's notebook with its output shown here, and return the kit's exit code.
 
@@ -36,6 +38,7 @@ def run_notebook(
         parameters: values of the notebook's `parameters` cell.
         notebook: the file, where it is not the one in the source tree.
         stop: set when a signal came, so that the caller knows even of a run that was complete by then.
+        ends_early: asked while the run goes on; True stops it as a signal would, and `stop` stays as it is.
 
     Returns:
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable; judged by run.json, not by papermill.
@@ -70,11 +73,12 @@ def run_notebook(
 
     previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     thread.start()
-    delivered = False
+    ended = delivered = False
     try:
         while thread.is_alive():
             thread.join(0.2)
-            if stop_requested.is_set() and not delivered:
+            ended = ended or (ends_early is not None and ends_early())
+            if (ended or stop_requested.is_set()) and not delivered:
                 if not folder.run_json.exists():
                     break  # nothing has been trained yet, so there is nothing to wait for
                 if (process := folder.training_process()) is not None:  # else it is still starting
@@ -89,7 +93,7 @@ def run_notebook(
             output.replace(folder.notebook)
         else:
             output.unlink()
-    return _judge(folder, errors[0] if errors else None, stop_requested.is_set())
+    return _judge(folder, errors[0] if errors else None, ended or stop_requested.is_set())
 
 
 def with_parameters(notebook: NotebookNode, parameters: dict[str, Any]) -> NotebookNode:

@@ -63,6 +63,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise UserError(f"{path}, line {number} is damaged", "restore the file from a copy") from None
 
 
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole JSON object of a .jsonl file; {} where there is none yet."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = 4096
+        while True:
+            file.seek(max(0, size - length))
+            lines = file.read(min(size, length)).rpartition(b"\n")[0].splitlines()
+            if len(lines) > 1 or length >= size:
+                return json.loads(lines[-1]) if lines else {}
+            length *= 4
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:

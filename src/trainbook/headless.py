@@ -1,6 +1,7 @@
 """A run without a person: all that can be checked first, then its notebook, then how it ended."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def execute(
     authentic: bool = False,
     notebook: Path | None = None,
     stop: threading.Event | None = None,
+    ends_early: Callable[[], bool] | None = None,
 ) -> int:
     """Check everything that can be checked before a kernel is started, then run the notebook.
 
@@ -26,6 +28,7 @@ def execute(
         preset, overrides, run_id, authentic: as `run.start` takes them.
         notebook: the file, where it is not the one in the source tree.
         stop: set when a signal asked for an end, whether or not the run came to its own before.
+        ends_early: asked while the run goes on; True lets it save and stop.
 
     Returns:
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable.
@@ -53,6 +56,7 @@ def execute(
         {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
         notebook,
         stop,
+        ends_early,
     )
     if prepared.folder.run_json.exists():
         summary = prepared.folder.summary()

@@ -18,3 +18,19 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     if n < 2:
         return float(values[0]), math.inf
     return float(np.mean(values)), float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def difference_interval(values: Sequence[float], others: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Difference of two means and the ends of its interval, where the two groups need not vary alike.
+
+    Args:
+        values, others: at least two each; mean(values) - mean(others) is meant.
+        level: as in `t_interval`.
+
+    Source: Welch (1947), The Generalization of "Student's" Problem; scipy's `ttest_ind`.
+    """
+    if np.ptp(values) == np.ptp(others) == 0:  # a metric that no seed moves
+        difference = float(values[0] - others[0])
+        return difference, difference, difference
+    interval = stats.ttest_ind(values, others, equal_var=False).confidence_interval(level)
+    return float(np.mean(values) - np.mean(others)), float(interval.low), float(interval.high)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trainbook.catalog import Workflow
 from trainbook.config import BaseConfig
 from trainbook.errors import UserError
+from trainbook.monitor import peak_memory_bytes
 from trainbook.records import RunFolder
 from trainbook.runtime import Runtime
 from trainbook.tables import Table
@@ -117,6 +118,8 @@ class Measurement:
         busy: what else kept the machine busy, in a sentence, or "".
         parts: where steps were timed.
         operations: of all steps together; 0 where they were not counted.
+        parameters: of all modules; 0 where they were not counted.
+        memory_bytes: this process's peak, on the device where there is one, else on the host; 0 where it was not measured.
     """
 
     hours: float
@@ -128,6 +131,8 @@ class Measurement:
     busy: str = ""
     parts: list["Part"] = field(default_factory=list)
     operations: float = 0.0
+    parameters: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -302,13 +307,14 @@ def measure(workflow: Workflow, config: BaseConfig, runtime: Runtime, seconds: f
     config, runtime = config.model_copy(update=config.TIMED_WITH), replace(runtime, jobs=1)  # timed in this process
     data = workflow.load_data(config, runtime)
     parts: list[Part] = []
+    parameters = 0
     began, probes, total = time.monotonic(), PROBES, 1
     for index in range(PROBES):
         if index >= probes or (index and time.monotonic() - began > MAX_OVERRUN * seconds):
             break
         seed_step(config.seed, 0)
         state = workflow.build(config, data, runtime)
-        total = state.total_steps
+        total, parameters = state.total_steps, sum(state.num_parameters().values())
         probes = min(PROBES, total)
         _seek(state, (2 * index + 1) * total // (2 * probes))
         first = state.step
@@ -319,6 +325,7 @@ def measure(workflow: Workflow, config: BaseConfig, runtime: Runtime, seconds: f
     where = f"{len(parts)} of {probes} places" if len(parts) < probes else f"{probes} places"
     stages = ", ".join(dict.fromkeys(part.stage for part in parts if part.stage))
     name = runtime.device_name()
+    peaks = peak_memory_bytes(runtime.device)
     return Measurement(
         hours=sum(part.seconds for part in counted) * share / 3600,
         total_steps=total,
@@ -329,7 +336,16 @@ def measure(workflow: Workflow, config: BaseConfig, runtime: Runtime, seconds: f
         busy=_busy(),
         parts=parts,
         operations=sum(part.operations for part in counted) * share,
+        parameters=parameters,
+        memory_bytes=peaks.get("device", peaks["host"]),
     )
+
+
+def in_a_line(measurement: Measurement) -> str:
+    """Size, time and memory of what was measured here, for a person."""
+    where = f"{measurement.total_steps:,} steps take {_duration(measurement.hours)} of training on {measurement.device_name}"
+    memory = f"{measurement.memory_bytes / 1e6:,.0f} MB at the peak of this process so far"
+    return f"{measurement.parameters:,} parameters; {where}; {memory}"
 
 
 def _seek(state: Any, step: int) -> None:

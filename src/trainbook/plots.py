@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,6 +201,47 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     Stages that take turns are not joined by lines. What was measured on the validation split (`valid_loss`) is drawn over
     the same of the training batches (`loss`).
     """
+    shown = list(_curve_panels(history).items())[:MAX_CURVES]
+    num_columns = min(3, max(1, len(shown)))
+    figure, axes = new_figure(num_columns, max(1, math.ceil(len(shown) / num_columns)))
+    stages = list(dict.fromkeys(record["stage"] for record in history))
+    for panel, (title, curves) in zip(axes.flat, shown, strict=False):
+        _draw_curves(panel, title, curves, stages)
+    for panel in list(axes.flat)[len(shown) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def curves_side_by_side(histories: Mapping[str, list[dict[str, Any]]]) -> Figure | None:
+    """One column per run and one row per real number that all their records together hold; a row has one scale.
+
+    Args:
+        histories: name of the run to its records.
+
+    Returns:
+        None where no record has one.
+    """
+    panels = {name: _curve_panels(history) for name, history in histories.items()}
+    titles = list(dict.fromkeys(title for one in panels.values() for title in one))[:MAX_CURVES]
+    if not titles:
+        return None
+    figure, axes = new_figure(len(histories), len(titles), height=2.4)
+    stages = list(dict.fromkeys(record["stage"] for history in histories.values() for record in history))
+    for index, title in enumerate(titles):
+        for panel, (name, one) in zip(axes[index], panels.items(), strict=True):
+            if title in one:
+                _draw_curves(panel, title, one[title], stages)
+                if panel is not axes[index, 0]:
+                    panel.sharey(axes[index, 0])
+            else:
+                panel.set_axis_off()
+            if index == 0:
+                panel.set_title(textwrap.fill(name, 36) + f"\n{title.replace('_', ' ')}", fontsize=9)
+    return figure
+
+
+def _curve_panels(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, list[tuple[int, float]]]]]:
+    """Title to name of a number to stage to points."""
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     turn, last_turn = 0, {}  # a stage that others interrupted goes on in a line of its own
     for before, record in zip([None, *history], history, strict=False):
@@ -215,28 +257,24 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     for name, by_stage in series.items():
         of_training = name.removeprefix(VALID)
         panels.setdefault(of_training if of_training in series else name, {})[name] = by_stage
-    shown = list(panels.items())[:MAX_CURVES]
-    num_columns = min(3, max(1, len(shown)))
-    figure, axes = new_figure(num_columns, max(1, math.ceil(len(shown) / num_columns)))
-    stages = list(dict.fromkeys(record["stage"] for record in history))
-    for panel, (title, curves) in zip(axes.flat, shown, strict=False):
-        for name, by_stage in curves.items():
-            for stage, points in by_stage.items():
-                is_validation = name != title
-                panel.plot(
-                    *np.array(points).T,
-                    ".-" if len(points) < 40 else "-",
-                    color="black" if is_validation else f"C{stages.index(stage)}",
-                    label=f"{stage}, validation" if is_validation else stage,
-                    linewidth=1,
-                    markersize=3,
-                )
-        panel.set(title=title.replace("_", " "), xlabel="step")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    for panel in list(axes.flat)[len(shown) :]:
-        panel.set_axis_off()
-    return figure
+    return panels
+
+
+def _draw_curves(panel: Axes, title: str, curves: dict[str, dict[str, list[tuple[int, float]]]], stages: Sequence[str]) -> None:
+    for name, by_stage in curves.items():
+        for stage, points in by_stage.items():
+            is_validation = name != title
+            panel.plot(
+                *np.array(points).T,
+                ".-" if len(points) < 40 else "-",
+                color="black" if is_validation else f"C{stages.index(stage)}",
+                label=f"{stage}, validation" if is_validation else stage,
+                linewidth=1,
+                markersize=3,
+            )
+    panel.set(title=title.replace("_", " "), xlabel="step")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
 
 
 def draw_attention(weights: Mapping[str, Tensor], tokens: Sequence[str] | None = None, example: int = 0) -> Figure:

@@ -11,21 +11,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 from trainbook.engine import Outcome
 from trainbook.errors import RunFailed
-from trainbook.files import read_json, write_json
+from trainbook.files import last_line, read_json, write_json
+from trainbook.live import Progress
 from trainbook.records import RunFolder
 from trainbook.runtime import group_environment
 from trainbook.signals import StopSignals
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+WATCH_SECONDS = 1.0
 LIBC = ctypes.CDLL(None)
 
 
 def train_in_processes(
-    folder: RunFolder, workflow: str, number: int, deadline: float | None, checkpoint_seconds: float, progress: bool
+    folder: RunFolder,
+    workflow: str,
+    number: int,
+    deadline: float | None,
+    checkpoint_seconds: float,
+    progress: bool,
+    watch: Callable[[Progress], bool] | None = None,
 ) -> Outcome:
     """Train the run of a folder in so many processes, each on its own GPU where there are GPUs, and wait for them.
 
@@ -39,6 +48,7 @@ def train_in_processes(
         deadline: `time.monotonic()` value at which they save and stop, or None.
         checkpoint_seconds: time between checkpoints.
         progress: whether the first shows a progress bar.
+        watch: shown once a second what the run folder says of the progress; True asks for a stop.
 
     Raises:
         RunFailed: with the reason of the first process that failed.
@@ -60,19 +70,23 @@ def train_in_processes(
         ) as launcher,
     ):
         try:
-            _wait(launcher, signals, folder)
+            _wait(launcher, signals, folder, watch)
         except BaseException:  # a second Ctrl-C
             _end(launcher)
             raise
     return _outcome(folder, launcher.returncode)
 
 
-def _wait(launcher: subprocess.Popen, signals: StopSignals, folder: RunFolder) -> None:
+def _wait(launcher: subprocess.Popen, signals: StopSignals, folder: RunFolder, watch: Callable[[Progress], bool] | None) -> None:
     """Show what the processes say until they have ended, and pass a stop request on once."""
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     os.set_blocking(launcher.stdout.fileno(), False)
-    told = False
+    told = asked = False
+    watched = time.monotonic()
     while True:
+        if watch is not None and time.monotonic() - watched >= WATCH_SECONDS:
+            asked = watch(_progress(folder)) or asked
+            watched = time.monotonic()
         ended = launcher.poll() is not None  # asked first, so that its last words are read
         chunk = launcher.stdout.read()
         if chunk:
@@ -83,9 +97,16 @@ def _wait(launcher: subprocess.Popen, signals: StopSignals, folder: RunFolder) -
         else:
             time.sleep(0.1)
         first = folder.training_process()
-        if signals.received and not told and first not in (None, os.getpid()):  # else they are still starting
+        if (signals.received or asked) and not told and first not in (None, os.getpid()):  # else they are still starting
             os.kill(first, signal.SIGTERM)
             told = True
+
+
+def _progress(folder: RunFolder) -> Progress:
+    record, reading = last_line(folder.metrics), last_line(folder.system)
+    step, total = max(record.get("step", 0), reading.get("step", 0)), folder.summary()["planned_steps"]
+    numbers = {name: [(record["step"], value)] for name, value in record.items() if isinstance(value, float)}
+    return Progress(step, total, record.get("stage", ""), numbers, reading)
 
 
 def _end(launcher: subprocess.Popen) -> None:

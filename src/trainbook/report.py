@@ -59,24 +59,6 @@ def hints_table(history: list[dict]) -> Table:
     return Table(["hint", "from step", "to step", "what to do"], [[k, str(a), str(b), text] for k, (a, b, text) in found.items()])
 
 
-def comparison_table(folders: list[RunFolder]) -> Table:
-    """Runs as columns: status, the config fields in which they differ, and every metric."""
-    summaries, configs = (
-        [folder.summary() for folder in folders],
-        [read_json(folder.config)["config"] for folder in folders],
-    )
-    rows = [[name, *(str(summary[name]) for summary in summaries)] for name in ("workflow", "preset", "status", "step")]
-    rows.append(["wall seconds", *(f"{summary['wall_seconds']:.1f}" for summary in summaries)])
-    for field in dict.fromkeys(name for config in configs for name in config):
-        values = [str(config.get(field, "-")) for config in configs]
-        if len(set(values)) > 1:
-            rows.append([field, *values])
-    metrics = dict.fromkeys(name for summary in summaries for name in summary.get("metrics", {}))
-    for metric in (name for name in metrics if SERIES not in name):
-        rows.append([metric, *(format_number(summary.get("metrics", {}).get(metric)) for summary in summaries)])
-    return Table(["", *(folder.path.name for folder in folders)], rows)
-
-
 def format_number(value: float | None) -> str:
     """Four significant digits; a dash for nothing."""
     return "-" if value is None else f"{value:.4g}"

@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -15,7 +15,7 @@ from IPython import get_ipython
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from trainbook import distributed, plots, report
+from trainbook import distributed, forms, plan, plots, report
 from trainbook.catalog import Workflow, load
 from trainbook.checkpoints import newest_whole
 from trainbook.comparison import baseline_table
@@ -26,12 +26,14 @@ from trainbook.errors import UserError, is_out_of_memory
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
+from trainbook.live import Progress
 from trainbook.mirror import Mirror
 from trainbook.monitor import peak_memory_bytes, stage_seconds
 from trainbook.processes import train_in_processes
 from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
+from trainbook.spec import RunSpec
 from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
 from trainbook.weights import export_weights, load_weights
@@ -40,6 +42,7 @@ logger = logging.getLogger("trainbook")
 
 # Beyond any training step, and different from each in the 32 bits of a seed that a CPU uses: streams of their own.
 EXPORT_STEP, EVALUATION_STEP, DRAWING_STEP = 2**32 - 3, 2**32 - 2, 2**32 - 1
+ESTIMATE_SECONDS = 2.0
 # Of run.json, what every checkpoint and picture carries.
 ORIGIN = ("run_id", "command", "seed", "config_sha256", "authentic", "stamp", "data", "initial_weights", "provenance")
 
@@ -130,7 +133,8 @@ class Run:
         self.data: Data | None = None
         self.state: TrainState | None = None
         self.summary: dict[str, Any] = {}
-        self.trained = False
+        self.trained = self.is_training = False
+        self._panel: forms.LivePanel | None = None
         self._initial: dict[str, str] = {}
         self._phase_seconds: dict[str, float] = {}
         mirrored = runtime.mirror_folder is not None and distributed.rank() == 0
@@ -150,9 +154,31 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS") from None
 
-    def config_table(self) -> Table:
-        """Every field with its value, what the preset says where that differs, its bounds and its meaning."""
+    def config_table(self) -> Table | None:
+        """Every field with its value, its bounds, its meaning and what the preset says; where a person is, the form."""
+        if forms.can_show():
+            forms.edit(self._spec(), self._take, self._estimate)
+            return None
         return Table(["field", "value", f"{self.preset} has", "allowed", "meaning"], self.config.rows(self.preset))
+
+    def _spec(self) -> RunSpec:
+        own, there = (config.model_dump(mode="json") for config in (self.config, type(self.config).from_preset(self.preset)))
+        overrides = {name: value for name, value in own.items() if value != there[name]}
+        return RunSpec(workflow=self.workflow.name, preset=self.preset, overrides=overrides, authentic=self.authentic)
+
+    def _take(self, spec: RunSpec) -> str:
+        """Become the run that a saved form says."""
+        if self.is_training:
+            return "The run that is being trained stays as it is; save again when it is done."
+        if self._panel:
+            self._panel.ended("another config was saved", resumable=False)
+        new = prepare(self.workflow.module, spec.preset, spec.overrides, authentic=spec.authentic)
+        self.__dict__.update(new.__dict__)
+        return f"This notebook now trains {self.run_id}: run the cells below."
+
+    def _estimate(self, config: BaseConfig) -> str:
+        found = plan.measure(self.workflow, config, self.runtime, ESTIMATE_SECONDS)
+        return plan.in_a_line(found)
 
     def load_data(self) -> Table:
         """Load the data set; show examples and where it comes from.
@@ -202,6 +228,26 @@ class Run:
             Exception: whatever broke in the workflow. In every case run.json says why.
         """
         checkpoint_seconds = checkpoint_seconds or self.runtime.checkpoint_seconds
+        if forms.can_show():
+            history = self.folder.history()
+            self._panel = panel = forms.LivePanel(history, lambda: self._train(checkpoint_seconds, False, panel))
+        self._train(checkpoint_seconds, progress and self._panel is None, self._panel)
+
+    def _train(self, checkpoint_seconds: float, progress: bool, panel: forms.LivePanel | None) -> None:
+        self.is_training = True
+        try:
+            self._train_session(checkpoint_seconds, progress, panel)
+        except BaseException as error:
+            if panel:
+                panel.ended(f"{type(error).__name__}: {error}", resumable=False)
+            raise
+        finally:
+            self.is_training = False
+        if panel:
+            ending = "complete" if self.trained or self._complete_already else "stopped"
+            panel.ended(f"{ending} at step {self.state.step:,}: {self.summary['why']}", resumable=ending == "stopped")
+
+    def _train_session(self, checkpoint_seconds: float, progress: bool, watch: Callable[[Progress], bool] | None) -> None:
         if distributed.rank() > 0:  # the first process keeps the run folder
             self.trained = self.follow(checkpoint_seconds, progress).status == "complete"
             return
@@ -220,9 +266,9 @@ class Run:
         self._begin(earlier)
         with self._segment_recorded():
             if self.runtime.processes > 1 and distributed.size() == 1:
-                outcome = self._train_in_processes(checkpoint_seconds, progress)
+                outcome = self._train_in_processes(checkpoint_seconds, progress, watch)
             else:
-                outcome = self.follow(checkpoint_seconds, progress)
+                outcome = self.follow(checkpoint_seconds, progress, watch)
             self._segment["first_step"] = outcome.first_step
             self.trained = outcome.status == "complete"
             self.summary.update(why=outcome.why, status="running" if self.trained else "stopped")
@@ -231,7 +277,7 @@ class Run:
         if not self.trained:
             print(f"Stopped {where}. Continue: trainbook resume {self.run_id}")
 
-    def follow(self, checkpoint_seconds: float, progress: bool) -> Outcome:
+    def follow(self, checkpoint_seconds: float, progress: bool, watch: Callable[[Progress], bool] | None = None) -> Outcome:
         """Train in this process, which may be one of several, and leave run.json to the caller."""
         engine = Engine(
             self.folder,
@@ -242,6 +288,7 @@ class Run:
             keep=self.runtime.keep,
             progress=progress,
             origin=self._origin(),
+            watch=watch,
         )
         first = engine.restore(self.state)
         if first:
@@ -260,12 +307,12 @@ class Run:
         checked = "authentic" if self.authentic else "authenticity not checked"
         return [mark for mark in ("SMOKE RUN" if self.preset == "smoke" else "", checked, real) if mark]
 
-    def _train_in_processes(self, checkpoint_seconds: float, progress: bool) -> Outcome:
+    def _train_in_processes(self, checkpoint_seconds: float, progress: bool, watch: Callable[[Progress], bool] | None) -> Outcome:
         """Let other processes train, then take up what they reached."""
         try:
             module = self.workflow.module.__name__
             outcome = train_in_processes(
-                self.folder, module, self.runtime.processes, self.runtime.deadline, checkpoint_seconds, progress
+                self.folder, module, self.runtime.processes, self.runtime.deadline, checkpoint_seconds, progress, watch
             )
         finally:
             self.folder.sign()
@@ -343,6 +390,7 @@ class Run:
             "provenance": provenance(),
             "segments": [*earlier, self._segment],
             "parameters": self.state.num_parameters(),
+            "planned_steps": self.state.total_steps,  # an early end lowers total_steps
         }
         self._write_summary()
 

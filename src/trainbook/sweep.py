@@ -24,7 +24,7 @@ from trainbook.launching import stopping_by_signal
 from trainbook.records import EXIT_CODES, RunFolder, check_run_id, identity
 from trainbook.report import format_number
 from trainbook.tables import Table
-from trainbook.trials import Result, digest, read_result, run_id_of, run_trial, text_of
+from trainbook.trials import Result, digest, read_result, run_id_of, run_trial, text_of, time_is_left
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,9 @@ def _trained(sweep: Sweep, results: dict[str, Result], deadline: float | None) -
         left = _seconds_left(sweep, results, took)
         told = "" if left is None else f", about {tqdm.format_interval(left)} left"
         print(f"[{number}/{len(sweep.trials)}] {trial.point}, seed {trial.seed}{told}: {trial.run_id}", flush=True)
-        if deadline is not None:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                yield trial, Result("stopped", "the time budget is spent")
-                return
-            runtime.export(time_budget=f"{seconds:.3f}s")
+        if not time_is_left(deadline):
+            yield trial, Result("stopped", "the time budget is spent")
+            return
         began = time.monotonic()
         result = run_trial(sweep.workflow, sweep.preset, trial.overrides, trial.run_id, sweep.authentic, stop)
         took[trial.run_id] = time.monotonic() - began

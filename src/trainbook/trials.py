@@ -5,6 +5,8 @@ import json
 import os
 import re
 import threading
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ class Result:
         metrics: held-out metrics of a complete run.
         seconds: that it trained and measured.
         stamp: what its pictures say of it, such as "SYNTHETIC DATA".
+        memory_bytes: peak, on the device where there is one, else on the host.
     """
 
     status: str
@@ -34,6 +37,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     stamp: tuple[str, ...] = ()
+    memory_bytes: int = 0
 
 
 def run_trial(
@@ -43,6 +47,7 @@ def run_trial(
     run_id: str,
     authentic: bool = False,
     stop: threading.Event | None = None,
+    ends_early: Callable[[], bool] | None = None,
 ) -> Result:
     """Train one ordinary run, as `trainbook run` does, or go on with it; a complete one is left as it is.
 
@@ -51,6 +56,7 @@ def run_trial(
     Args:
         workflow, preset, overrides, run_id, authentic: of the run.
         stop: set when a signal asked for an end.
+        ends_early: asked while the run goes on; True lets it save and stop.
 
     Raises:
         UserError: for what no run on this machine could do, such as a device that does not work.
@@ -60,7 +66,7 @@ def run_trial(
     if result.status == "complete":
         return result
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        code = execute(workflow, preset, overrides, run_id, authentic, stop=stop)
+        code = execute(workflow, preset, overrides, run_id, authentic, stop=stop, ends_early=ends_early)
     result = read_result(folder)
     if code == EXIT_CODES["complete"]:
         return result
@@ -70,6 +76,20 @@ def run_trial(
     return Result(status, why, seconds=result.seconds)
 
 
+def time_is_left(deadline: float | None) -> bool:
+    """Whether there is time for another run; what is left is the next one's time budget.
+
+    Args:
+        deadline: `time.monotonic()` value at which the last one stops and saves, or None.
+    """
+    if deadline is None:
+        return True
+    seconds = deadline - time.monotonic()
+    if seconds > 0:
+        runtime.export(time_budget=f"{seconds:.3f}s")
+    return seconds > 0
+
+
 def read_result(folder: RunFolder) -> Result:
     """What a run folder says."""
     if not folder.run_json.is_file():
@@ -77,7 +97,9 @@ def read_result(folder: RunFolder) -> Result:
     summary = folder.summary()
     status = "stopped" if summary["status"] == "running" else summary["status"]
     metrics = summary["metrics"] if status == "complete" else {}
-    return Result(status, summary["why"], metrics, summary["wall_seconds"], tuple(summary.get("stamp", ())))
+    peaks = summary.get("peak_memory_bytes", {})
+    memory = peaks.get("device", peaks.get("host", 0))
+    return Result(status, summary["why"], metrics, summary["wall_seconds"], tuple(summary.get("stamp", ())), memory)
 
 
 def text_of(value: Any) -> str:
