@@ -1,5 +1,6 @@
 """Attention as an E-step: against direct formulas, and its EM ascends."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def test_weights_and_density_are_bayes_rule():
 
 
 def test_patches_are_the_posterior_mean_by_its_formula():
-    z, centres, squares, heads, sigma = args = problem(1)
+    z, centres, _squares, heads, sigma = args = problem(1)
     joint = direct(*args)
     r = joint / joint.sum((1, 2), keepdim=True)
     gain = heads.variances / (heads.variances + sigma**2)
@@ -82,7 +83,7 @@ def test_em_for_the_heads_never_lowers_the_likelihood(sigma):
         for _ in range(25):
             heads, value = heads_step(z, centres, squares, heads, sigma)
             values.append(value)
-        assert all(b - a >= -1e-10 * abs(b) for a, b in zip(values, values[1:], strict=False)), seed
+        assert all(b - a >= -1e-10 * abs(b) for a, b in itertools.pairwise(values)), seed
         assert values[-1] > values[0]
         assert float(heads.variances.min()) >= 0
         assert float(heads.shares.sum()) == pytest.approx(1)
@@ -97,7 +98,7 @@ def test_a_wrong_variance_is_noticed():
             heads, value = heads_step(z, centres, squares, heads, sigma)
             heads = replace(heads, variances=heads.variances + sigma**2)  # the noise counted twice
             values.append(value)
-        fell += any(b < a - 1e-10 * abs(b) for a, b in zip(values, values[1:], strict=False))
+        fell += any(b < a - 1e-10 * abs(b) for a, b in itertools.pairwise(values))
     assert fell >= 12
 
 

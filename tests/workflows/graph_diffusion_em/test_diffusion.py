@@ -1,5 +1,7 @@
 """Diffusion against dense matrix functions and other libraries, and the EM that learns its time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -71,7 +73,7 @@ def test_the_null_vector_stays_and_the_norm_falls_with_time(method):
     torch.testing.assert_close(diffuse(regular, constant, method, 3.0, tolerance=1e-12), constant, atol=1e-10, rtol=0)
     L, x = random_laplacian(2), signals(64)
     norms = [diffuse(L, x, method, t, tolerance=1e-10).norm(dim=0) for t in (0.0, 0.5, 1.0, 3.0, 10.0)]
-    assert all((b <= a + 1e-9).all() for a, b in zip(norms, norms[1:], strict=False))
+    assert all((b <= a + 1e-9).all() for a, b in itertools.pairwise(norms))
 
 
 def test_explicit_steps_approach_heat_within_their_bound():
@@ -83,7 +85,7 @@ def test_explicit_steps_approach_heat_within_their_bound():
         steps = diffuse(L, eye, "explicit", t, num_steps=K)
         errors.append(float(torch.linalg.matrix_norm(steps - heat, 2)))
         assert errors[-1] <= t**2 * largest**2 / (2 * K)
-    assert all(a / b == pytest.approx(2, rel=0.1) for a, b in zip(errors[1:], errors[2:], strict=False))
+    assert all(a / b == pytest.approx(2, rel=0.1) for a, b in itertools.pairwise(errors))
 
 
 def test_approximate_pagerank_is_within_its_bound():
@@ -160,5 +162,5 @@ def test_the_stiffness_of_several_heads_ascends(seed):
         normal = torch.distributions.MultivariateNormal(torch.zeros(len(y)).double(), torch.linalg.inv(Q) + sigma**2 * eye)
         values.append(float(normal.log_prob(y.T).sum()))
         stiffness = head_stiffness_step(laplacians, y, stiffness, sigma, ridge)
-    assert all(b >= a - 1e-10 * abs(a) for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-10 * abs(a) for a, b in itertools.pairwise(values))
     assert values[-1] > values[0]

@@ -106,7 +106,7 @@ def test_the_spectrum_lies_from_0_to_below_2(seed):
     weights = torch.rand(graph.neighbours.shape, generator=g, dtype=torch.float64)
     L = laplacian(graph.neighbours, weights).to_dense()
     assert torch.equal(L, L.T)
-    values, vectors = torch.linalg.eigh(L)
+    values, _vectors = torch.linalg.eigh(L)
     assert float(values[0]) >= -1e-12
     assert float(values[-1]) < 2
     A = torch.eye(len(L)) - L

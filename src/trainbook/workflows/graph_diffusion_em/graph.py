@@ -2,6 +2,7 @@
 
 # N nodes, R of them with edges, k neighbours, H heads, d coefficients
 
+import itertools
 import warnings
 from dataclasses import dataclass
 
@@ -116,7 +117,7 @@ def head_features(image: Tensor, size: int) -> dict[str, Tensor]:
     frequency = torch.arange(size, device=image.device)
     band = (frequency[:, None] + frequency).flatten()  # of the luminance coefficients
     luminance, edges = z[:, : size**2], torch.linspace(size / 2, 2 * size - 1, 4).tolist()
-    energies = [luminance[:, (band >= a) & (band < b)].square().mean(1) for a, b in zip(edges, edges[1:], strict=False)]
+    energies = [luminance[:, (band >= a) & (band < b)].square().mean(1) for a, b in itertools.pairwise(edges)]
     texture = (torch.stack(energies, 1) + 1e-5).log()  # 1e-5: a grey level of 255, squared
     pixels = (luminance @ patch_basis(size, 1).to(z)).view(-1, size, size)
     down, right = pixels.diff(dim=1)[:, :, :-1], pixels.diff(dim=2)[:, :-1]

@@ -102,7 +102,7 @@ def patchify(image: Tensor, size: int, stride: int = 1) -> Tensor:
 
 
 def aggregate(patches: Tensor, weights: Tensor, grid: PatchGrid) -> Tensor:
-    """The picture whose pixels are the weighted means of all patches over them: x = (sum_i w_i P_i^T U^T z_i) / sum_i w_i P_i^T 1.
+    """The picture whose pixels are weighted means of the patches over them: x = sum_i w_i P_i^T U^T z_i / sum_i w_i P_i^T 1.
 
     With w_i the precision of patch i it is the mean of independent estimates of least variance.
 

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from trainbook.layers import product
 from trainbook.workflows.graph_diffusion_em.graph import Graph
 
 CHUNK = 512  # groups at once
@@ -28,12 +29,12 @@ def group_posterior(pilot: Tensor, noisy: Tensor, sigma: float) -> tuple[Tensor,
     k, d = pilot.shape[1:]
     mean = pilot.mean(1, keepdim=True)
     centred = pilot - mean
-    gram = centred @ centred.mT
-    loaded = gram + (k - 1) * sigma**2 * torch.eye(k, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(loaded)
-    gains = torch.cholesky_solve(torch.cat([centred, gram], 2), factor)
-    estimate = torch.baddbmm(mean.expand_as(noisy), (noisy - mean) @ centred.mT, gains[..., :d])
-    freedom = gains[..., d:].diagonal(dim1=1, dim2=2).sum(1)  # tr S (S + sigma^2 I)^-1
+    noise = (k - 1) * sigma**2
+    loaded = product(centred, centred.mT)
+    loaded.diagonal(dim1=1, dim2=2).add_(noise)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(loaded))
+    estimate = product(product(product(noisy - mean, centred.mT), inverse), centred).add_(mean)
+    freedom = k - noise * inverse.diagonal(dim1=1, dim2=2).sum(1)  # tr S (S + sigma^2 I)^-1
     return estimate, sigma**2 * (freedom + 1) / d
 
 
