@@ -38,5 +38,5 @@ def test_what_a_patch_gets_is_the_mean_over_its_groups_with_their_precisions():
 def test_with_no_noise_to_remove_it_changes_nothing():
     pilot = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     z = patchify(pilot, 4)
-    found, weights = polish(z, z, knn_graph(pilot, 4, 6, 4, stride=2), 1e-6)
-    torch.testing.assert_close(found[weights > 0], z[weights > 0], atol=1e-6, rtol=0)
+    found, weights = polish(z, z, knn_graph(pilot, 4, 6, 4, stride=2), 1e-4)
+    torch.testing.assert_close(found[weights > 0], z[weights > 0], atol=1e-4, rtol=0)

@@ -110,9 +110,8 @@ def draw_graph(pilot: Tensor, graph: Graph) -> Figure:
                 alpha=0.8,
             )
         panel.plot(others % width + centre, others // width + centre, ".", color="tab:cyan", markersize=4)
-        for side, colour in (((row - centre, column - centre), "tab:red"),):
-            y, x = np.array([0, 0, 1, 1, 0]) * grid.size + side[0] - 0.5, np.array([0, 1, 1, 0, 0]) * grid.size + side[1] - 0.5
-            panel.plot(x, y, color=colour, linewidth=1.2)
+        x, y = np.array([0, 1, 1, 0, 0]) * grid.size, np.array([0, 0, 1, 1, 0]) * grid.size
+        panel.plot(x + column - centre - 0.5, y + row - centre - 0.5, color="tab:red", linewidth=1.2)
         reach = max(24, grid.size * 3)
         panel.set(xlim=(column - reach, column + reach), ylim=(row + reach, row - reach), xticks=[], yticks=[])
         panel.set_title(
