@@ -62,9 +62,9 @@ def diffuse(
     before, now = x, laplacian @ x - x  # T_0 x and T_1(L - I) x
     total = coefficients[0] * x
     for index in range(1, len(coefficients)):
-        total = torch.addcmul(total, coefficients[index], now)
-        if index + 1 < len(coefficients):
-            before, now = now, 2 * (laplacian @ now - now) - before
+        total.addcmul_(coefficients[index], now)
+        if index + 1 < len(coefficients):  # T_{n+1} = 2 (L - I) T_n - T_{n-1}
+            before, now = now, torch.addmm(torch.add(before, now, alpha=2), laplacian, now, beta=-1, alpha=2)
     return total
 
 
