@@ -137,7 +137,7 @@ def compare_denoisers() -> list[pairing.Comparison]:
 
 
 def compare_neighbours() -> list[pairing.Comparison]:
-    """Ours looks in a window of 21 x 21, the peer at all patches; then both at all, where a box filter per offset does not pay."""
+    """Ours looks in a window of 21 x 21, the peer at all patches; then both at all, where one box filter per offset is slow."""
     image = torch.from_numpy(photos.camera() / 255).float()[None, 200:256, 200:256]
     size, k = 8, 16
     z = patchify(image, size).numpy()
@@ -271,9 +271,8 @@ def memory_curve() -> None:
     for size, peak in zip(SIZES, peaks, strict=True):
         print(f"{size:5d} x {size:<5d} {peak / 2**20:8.1f} MiB  {peak / size**2:8.0f} bytes per pixel")
     slope = np.polyfit(np.log([size**2 for size in SIZES[2:]]), np.log(peaks[2:]), 1)[0]
-    print(
-        f"exponent over pixels from {SIZES[2]} x {SIZES[2]} on: {slope:.2f}; {'linear' if slope <= MEMORY_EXPONENT else 'NOT LINEAR'}"
-    )
+    verdict = "linear" if slope <= MEMORY_EXPONENT else "NOT LINEAR"
+    print(f"exponent over pixels from {SIZES[2]} x {SIZES[2]} on: {slope:.2f}; {verdict}")
 
 
 def peak(size: int) -> None:

@@ -168,6 +168,7 @@ TARGETS = (
     Target("ours/psnr_db", ">", "non_local_means/psnr_db", _REAL, _OURS),
     Target("ours/psnr_db", ">", "total_variation/psnr_db", _REAL, _OURS),
     Target("ours/psnr_db", ">", "patch_mixture/psnr_db", _REAL, "trainbook: the graph must add to the codebook"),
+    Target("network/psnr_db", ">", "non_local_means/psnr_db", _REAL, "trainbook: training must beat it too"),
     Target("ours/worst_gain_over_non_local_means_db", ">=", 0.0, _REAL, "trainbook: below it on no picture"),
     Target("ours/psnr_db", ">", "ours_no_em/psnr_db", _REAL, "trainbook: EM must be worth its name"),
     Target("ours/psnr_db", ">", "ours_no_diffusion/psnr_db", _REAL, "trainbook: so must the diffusion"),

@@ -54,7 +54,7 @@ def draw_held_out_loss(config: Config, losses: list[float], history: list[dict[s
         *zip(*BRIEF_CURVE, strict=True), "s--", color="0.55", markersize=4, label="the brief's curve: projected, not measured"
     )
     panel.axhline(0.5, color="black", linestyle=":", linewidth=0.8)
-    panel.annotate("0.50: nothing removed", (config.num_epochs, 0.5), ha="right", va="bottom", fontsize=8)
+    panel.annotate("0.50: nothing removed", (0.3, 0.5), va="bottom", fontsize=8)
     panel.axhline(0.13, color="tab:red", linestyle=":", linewidth=0.8)
     panel.annotate("0.13", (config.num_epochs, 0.13), ha="right", va="bottom", fontsize=8, color="tab:red")
     for who, style in (("network", "-."), ("ours", "--"), ("non_local_means", ":")):
@@ -66,7 +66,8 @@ def draw_held_out_loss(config: Config, losses: list[float], history: list[dict[s
     panel.set_yticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
+    panel.set_ylim(top=0.62)
+    panel.legend(fontsize=7, loc=(0.45, 0.55))
     return figure
 
 

@@ -2,6 +2,7 @@
 
 # N patches, K components, d coefficients (without the means of the channels)
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from trainbook.layers import product
 
-CHUNK = 1024  # patches at once: their outer products stay in the cache
+CHUNK = 1024  # patches whose outer products are summed at once
+ROWS = 256  # patches that are whitened at once, for all components: they stay in the cache
 LEAST_RESPONSIBILITY = 1e-3  # components with less are left out of a posterior mean
 LEAST_COUNT = 1e-8  # of patches; a component with fewer stays as it is, which is also optimal
 
@@ -54,14 +56,16 @@ class GaussianMixture(nn.Module):
         eye = torch.eye(d, dtype=torch.float64, device=z.device)
         factor = torch.linalg.cholesky(self.covariances.double() + extra_variance * eye)
         whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)  # L^-1
-        offset = (whitening @ self.means.double().unsqueeze(2)).to(z).view(1, 1, K, d)
+        offset = whitening @ self.means.double().unsqueeze(2)
         log_scale = self.weights.double().log() - factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        log_scale = (log_scale - 0.9189385332046727 * d).to(z)  # log sqrt(2 pi)
-        flat = whitening.reshape(1, K * d, d).to(z).transpose(1, 2).contiguous()  # (1, d, K d)
-        found = []
-        for part in z.split(CHUNK):
-            white = product(part.unsqueeze(0), flat).view(1, len(part), K, d)
-            found.append(log_scale - 0.5 * (white - offset).square_().sum(-1)[0])
+        log_scale = (log_scale - 0.5 * math.log(2 * math.pi) * d).to(z)
+        # L^-1 (z - m) of all components as one product: a column of ones takes off the means.
+        flat = torch.cat([whitening, -offset], 2).reshape(1, K * d, d + 1).to(z).transpose(1, 2).contiguous()
+        z = torch.cat([z, z.new_ones(len(z), 1)], 1)
+        found, white = [], z.new_empty(1, min(ROWS, len(z)), K * d)
+        for part in z.split(ROWS):
+            product(part.unsqueeze(0), flat, out=white[:, : len(part)])
+            found.append(log_scale - 0.5 * white[0, : len(part)].view(-1, K, d).square_().sum(-1))
         return torch.cat(found)
 
 

@@ -88,7 +88,7 @@ def draw_panel(config: Config, noisy: Tensor, clean: Tensor, level: float, all_m
         drawn = axes[1, column].imshow(error, cmap="coolwarm", vmin=-ERROR_RANGE, vmax=ERROR_RANGE, interpolation="nearest")
         axes[1, column].set_axis_off()
     axes[1, 1].set_title("error: restored - clean", fontsize=9)
-    figure.colorbar(drawn, ax=axes[1, 0], fraction=0.4, aspect=12, label="error, white is 1", location="right")
+    figure.colorbar(drawn, ax=axes[1, :], fraction=0.02, aspect=14, label="error, white is 1")
     return figure
 
 
