@@ -36,7 +36,7 @@ def draw_atoms(config: Config, mixture: GaussianMixture, channels: int) -> Figur
     labels = [f"{float(mixture.weights[k]):.1%}" for k in order]
     image_grid(axes[0, 0], images.numpy(), NUM_ATOMS, "leading atoms, one component per row, with its weight", labels)
     for row in range(number):
-        axes[0, 1].semilogy(255 * values[row].sqrt().cpu(), color="C0", alpha=0.3 + 0.7 * (number - row) / number, linewidth=1)
+        axes[0, 1].semilogy(255 * values[row].sqrt().cpu().numpy(), color="C0", alpha=0.3 + 0.7 * (number - row) / number, linewidth=1)
     axes[0, 1].axhline(config.codebook_floor, color="tab:red", linestyle=":", label="noise floor")
     axes[0, 1].axhline(config.noise_level, color="0.5", linestyle="--", label="noise of this run")
     axes[0, 1].set(title="standard deviation along each atom", xlabel="atom", ylabel="grey levels of 255")
@@ -65,7 +65,7 @@ def draw_diffusion(config: Config, mixture: GaussianMixture, time: DiffusionTime
     chosen = [0, 1, size + 1, (size // 2) * (size + 1), size**2 - 1]
     for index, curve in zip(chosen, response(grid, "pagerank", times[chosen]).T, strict=True):
         row, column = divmod(index, size)
-        axes[0, 1].plot(grid.cpu(), curve.cpu(), label=f"({row}, {column}): {float(times[index]):.2g}")
+        axes[0, 1].plot(grid.cpu().numpy(), curve.cpu().numpy(), label=f"({row}, {column}): {float(times[index]):.2g}")
     axes[0, 1].set(title="filter 1 / (1 + λ l)", xlabel="graph frequency l", ylabel="kept", ylim=(0, 1.02))
     axes[0, 1].legend(fontsize=7, title="coefficient: λ", title_fontsize=7)
     for label, found in (("noisy", spectrum), ("after diffusion", after)):
@@ -125,7 +125,7 @@ def draw_heads(config: Config, found: Diffused, level: float, channels: int) -> 
     size, heads = config.patch_size, found.heads
     names = HEADS if len(heads.shares) == len(HEADS) else tuple(f"head {h}" for h in range(len(heads.shares)))
     figure, axes = new_figure(len(names) + 2, width=2.9, height=2.7)
-    axes[0, 0].barh(names[::-1], heads.shares.flip(0).cpu(), color="#7fb3e6")
+    axes[0, 0].barh(names[::-1], heads.shares.flip(0).tolist(), color="#7fb3e6")
     for index, (share, near) in enumerate(zip(heads.shares.flip(0).tolist(), heads.narrowness.flip(0).tolist(), strict=True)):
         reach = f"{(0.5 / near) ** 0.5:.1f} px" if near > 1e-6 else "all"
         axes[0, 0].annotate(
@@ -151,7 +151,7 @@ def draw_head_maps(pilot: Tensor, shares: Tensor, grid: PatchGrid) -> Figure:
     maps = head_maps(shares, grid).cpu().numpy()
     names = HEADS if len(maps) == len(HEADS) else tuple(f"head {h}" for h in range(len(maps)))
     figure, axes = new_figure(len(maps) + 1, width=2.7, height=2.7)
-    axes[0, 0].imshow(pilot.clamp(0, 1).mean(0).cpu(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes[0, 0].imshow(pilot.clamp(0, 1).mean(0).cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes[0, 0].set_title("codebook's estimate", fontsize=10)
     for panel, values, name in zip(axes[0, 1:], maps, names, strict=True):
         drawn = panel.imshow(values, vmin=0, vmax=1, cmap="magma", interpolation="nearest")

@@ -60,6 +60,7 @@ class HeldOut:
         self.noisy = observe(config, crops.cpu(), generator).to(crops.device)
         self.clean, self.sigma = to_working(config, crops), working_sigma(config)
 
+    @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Metrics of a module in evaluation mode."""
         parts = zip(self.noisy.split(CROPS_AT_ONCE), self.clean.split(CROPS_AT_ONCE), strict=True)
