@@ -36,7 +36,9 @@ def draw_atoms(config: Config, mixture: GaussianMixture, channels: int) -> Figur
     labels = [f"{float(mixture.weights[k]):.1%}" for k in order]
     image_grid(axes[0, 0], images.numpy(), NUM_ATOMS, "leading atoms, one component per row, with its weight", labels)
     for row in range(number):
-        axes[0, 1].semilogy(255 * values[row].sqrt().cpu().numpy(), color="C0", alpha=0.3 + 0.7 * (number - row) / number, linewidth=1)
+        axes[0, 1].semilogy(
+            255 * values[row].sqrt().cpu().numpy(), color="C0", alpha=0.3 + 0.7 * (number - row) / number, linewidth=1
+        )
     axes[0, 1].axhline(config.codebook_floor, color="tab:red", linestyle=":", label="noise floor")
     axes[0, 1].axhline(config.noise_level, color="0.5", linestyle="--", label="noise of this run")
     axes[0, 1].set(title="standard deviation along each atom", xlabel="atom", ylabel="grey levels of 255")
