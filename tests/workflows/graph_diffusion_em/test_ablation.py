@@ -45,8 +45,9 @@ def test_metrics_find_the_arm_that_was_made_faster():
     losses = np.stack([np.stack([0.08 + 0.42 * np.exp(-steps / (40 + seed)) for seed in range(5)]) for _ in ARMS])
     losses[ARMS.index("four_heads")] = np.stack([0.08 + 0.42 * np.exp(-steps / (20 + seed / 2)) for seed in range(5)])
     losses[ARMS.index("no_graph")] = 0.2
-    metrics = ablation_metrics(config, torch.from_numpy(losses))
-    assert metrics["one_head/steps_ratio_0.13"] == 1
+    metrics = ablation_metrics(config, torch.from_numpy(losses), 1)
+    assert metrics["one_head/steps_ratio_0.13"] == metrics["one_head/flops_ratio"] == 1
+    assert metrics["four_heads/flops_ratio"] == metrics["four_random/flops_ratio"] > 1 > metrics["no_graph/flops_ratio"]
     assert metrics["four_heads/steps_ratio_0.13"] == pytest.approx(0.55, abs=0.1)
     assert metrics["four_heads/steps_ratio_0.13_high"] < 0.8
     assert metrics["no_graph/runs_censored_0.13"] == 5

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainbook.data import Batches, Data
 from trainbook.fitting import Stage
@@ -13,7 +15,7 @@ from trainbook.records import Record
 from trainbook.seeding import step_seed
 from trainbook.state import TrainState
 from trainbook.workflows.graph_diffusion_em.config import Config
-from trainbook.workflows.graph_diffusion_em.network import ARMS, UnrolledDenoiser
+from trainbook.workflows.graph_diffusion_em.network import ARMS, Arm, UnrolledDenoiser
 from trainbook.workflows.graph_diffusion_em.objective import HeldOut, batch_loss
 
 FIXED = (0.13, 0.10)
@@ -50,8 +52,7 @@ class ArmStage:
         seed, arm = divmod(index, len(ARMS))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(step_seed(self.config.seed, seed))
-            c = self.config
-            model = UnrolledDenoiser(self.channels, c.patch_size, c.ablation_width, c.network_rounds, ARMS[arm])
+            model = build_arm(self.config, self.channels, ARMS[arm])
         return Stage("ablation", model.to(self.device), self.config, self.config.ablation_steps)
 
     def train(self, state: TrainState, data: Data) -> Iterator[Record]:
@@ -136,14 +137,30 @@ def thresholds_of(losses: np.ndarray) -> dict[str, np.ndarray]:
     return {**fixed, "final": BEST_FACTOR * losses[ARMS.index("one_head")].min(-1)}
 
 
-def ablation_metrics(config: Config, results: Tensor) -> dict[str, float]:
+def build_arm(config: Config, channels: int, arm: Arm) -> UnrolledDenoiser:
+    """An arm's network from torch's random numbers."""
+    return UnrolledDenoiser(channels, config.patch_size, config.ablation_width, config.network_rounds, arm)
+
+
+@torch.no_grad()
+def flops(config: Config, channels: int, arm: Arm) -> int:
+    """Floating-point operations of an arm's forward pass over one crop, counted by torch."""
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build_arm(config, channels, arm)(torch.zeros(1, channels, config.crop_size, config.crop_size), 1.0)
+    return counter.get_total_flops()
+
+
+def ablation_metrics(config: Config, results: Tensor, channels: int) -> dict[str, float]:
     """Per arm and threshold: steps as a ratio to one head's (below 1 is faster) with its interval, censored runs, final loss.
 
-    Ratios that are not finite are left out: then `runs_censored` says why.
+    flops_ratio is that of the operations of a step; multiplied by steps_ratio it is that of all work. Ratios that are not finite
+    are left out: then `runs_censored` says why.
     """
     losses = smoothed(results.cpu().numpy())
     limits, metrics = thresholds_of(losses), {}
+    reference = flops(config, channels, "one_head")
     for index, arm in enumerate(ARMS):
+        metrics[f"{arm}/flops_ratio"] = flops(config, channels, arm) / reference
         metrics[f"{arm}/arm_final_loss"] = float(losses[index, :, -1].mean())
         for name, limit in limits.items():
             steps = steps_to(losses, limit[None], config.ablation_every)

@@ -71,15 +71,17 @@ def draw_held_out_loss(config: Config, losses: list[float], history: list[dict[s
     return figure
 
 
-def draw_arms(config: Config, losses: np.ndarray) -> Figure:
-    """Smoothed held-out loss of every arm, mean and range over seeds, with the thresholds."""
+def draw_arms(config: Config, losses: np.ndarray, seconds: dict[str, float]) -> Figure:
+    """Smoothed held-out loss of every arm, mean and range over seeds, with the thresholds; seconds of a step by arm."""
     figure, axes = new_figure(width=7.0, height=4.0)
     panel = axes[0, 0]
     steps = (np.arange(losses.shape[-1]) + 1) * config.ablation_every
     curves = smoothed(losses)
     for index, arm in enumerate(ARMS):
         mean = curves[index].mean(0)
-        panel.plot(steps, mean, label=arm.replace("_", " "), color=f"C{index}", linewidth=1.2)
+        panel.plot(
+            steps, mean, label=f"{arm.replace('_', ' ')}, {1e3 * seconds[arm]:.0f} ms per step", color=f"C{index}", linewidth=1.2
+        )
         panel.fill_between(steps, curves[index].min(0), curves[index].max(0), color=f"C{index}", alpha=0.12, linewidth=0)
     for name, limit in thresholds_of(curves).items():
         panel.axhline(limit.mean(), color="0.4", linestyle=":", linewidth=0.8)

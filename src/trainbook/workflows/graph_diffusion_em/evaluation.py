@@ -124,7 +124,7 @@ def evaluate(config: Config, data: Data, state: TrainState) -> dict[str, float]:
         metrics |= {f"{who}/psnr_db@picture {index}": pictures[index].psnr for who, pictures in results.items()}
     estimates = [estimate_sigma(y)[0] / working_sigma(config) for y in noisy]
     metrics |= _mean("ours/noise_estimate_over_truth", estimates)
-    return metrics | _heads(config, state, noisy, levels) | _network(config, data, state) | _arms(config, state)
+    return metrics | _heads(config, state, noisy, levels) | _network(config, data, state) | _arms(config, data, state)
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:
@@ -167,5 +167,7 @@ def _network(config: Config, data: Data, state: TrainState) -> dict[str, float]:
     return metrics | ({"network/epochs_to_within_1_percent": float(within[0])} if within else {})
 
 
-def _arms(config: Config, state: TrainState) -> dict[str, float]:
-    return ablation_metrics(config, state.modules["ablation"].losses) if config.ablation_seeds else {}
+def _arms(config: Config, data: Data, state: TrainState) -> dict[str, float]:
+    if not config.ablation_seeds:
+        return {}
+    return ablation_metrics(config, state.modules["ablation"].losses, data.train["crops"].shape[1])

@@ -11,13 +11,15 @@ from torch import Tensor
 from trainbook.data import Data
 from trainbook.plots import image_grid, new_figure
 from trainbook.state import TrainState
+from trainbook.workflows.graph_diffusion_em.ablation import build_arm
 from trainbook.workflows.graph_diffusion_em.config import Config
 from trainbook.workflows.graph_diffusion_em.curves import draw_arms, draw_em, draw_held_out_loss
 from trainbook.workflows.graph_diffusion_em.denoiser import denoise
 from trainbook.workflows.graph_diffusion_em.evaluation import judge, methods, noisy_pictures
 from trainbook.workflows.graph_diffusion_em.learned import draw_atoms, draw_diffusion, draw_graph, draw_head_maps, draw_heads
+from trainbook.workflows.graph_diffusion_em.network import ARMS
 from trainbook.workflows.graph_diffusion_em.objective import from_working
-from trainbook.workflows.graph_diffusion_em.timing import draw_quality_and_time
+from trainbook.workflows.graph_diffusion_em.timing import draw_quality_and_time, seconds_per_step
 
 PANEL = ("noisy", "ours", "network", "bm3d", "patch_mixture", "non_local_means", "total_variation")
 INSET_SHARE = 0.22  # of the picture's width that the inset shows
@@ -58,7 +60,12 @@ def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, 
     if "network" in state.modules:
         figures["held_out_loss"] = draw_held_out_loss(config, state.modules["held_out"].losses.tolist(), history)
     if config.ablation_seeds:
-        figures["four_heads"] = draw_arms(config, state.modules["ablation"].losses.cpu().numpy())
+        batch = data.train["crops"][: config.batch_size]
+        with torch.enable_grad():
+            seconds = {
+                arm: seconds_per_step(build_arm(config, len(clean[0]), arm).to(batch.device), batch, levels[0]) for arm in ARMS
+            }
+        figures["four_heads"] = draw_arms(config, state.modules["ablation"].losses.cpu().numpy(), seconds)
     figures["codebook_atoms"] = draw_atoms(config, mixture, clean.shape[1])
     figures["learned_times"] = draw_diffusion(config, mixture, time, noisy[0], levels[0])
     result = denoise(config.model_copy(update={"polish_passes": 0}), mixture, noisy[0], levels[0], time.time(levels[0]))

@@ -1,26 +1,39 @@
 """Quality against time: how long each method takes per megapixel on this machine. Not among the metrics: it does not repeat."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainbook.plots import new_figure
 from trainbook.workflows.graph_diffusion_em.baselines import Method, bm3d_is_installed
 from trainbook.workflows.graph_diffusion_em.config import Config
+from trainbook.workflows.graph_diffusion_em.network import loss
 
 
 def seconds_per_megapixel(method: Method, noisy: Tensor, level: float) -> float:
     """CPU time of this process, all threads together, for one picture; on a GPU the time until it is done."""
-    on_gpu = noisy.device.type == "cuda"
+    return _timed(lambda: method(noisy, level), noisy.device) / (noisy[0].numel() / 1e6)
+
+
+def seconds_per_step(model: nn.Module, crops: Tensor, level: float) -> float:
+    """CPU time of the second of two passes forward and backward over a batch; on a GPU the time until it is done."""
+    for _ in range(2):
+        seconds = _timed(lambda: loss(model, crops, crops, level, False).backward(), crops.device)
+    return seconds
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     began = clock()
-    method(noisy, level)
+    work()
     if on_gpu:
-        torch.cuda.synchronize(noisy.device)
-    return (clock() - began) / (noisy[0].numel() / 1e6)
+        torch.cuda.synchronize(device)
+    return clock() - began
 
 
 def draw_quality_and_time(
