@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainbook.plots import new_figure
@@ -43,7 +42,7 @@ def draw_held_out_loss(config: Config, losses: list[float], history: list[dict[s
     measured = history[-1]
     training = [(record["step"], record["loss"]) for record in history if record["stage"] == "network" and "loss" in record]
     figure, axes = new_figure(width=7.0, height=4.0)
-    panel: Axes = axes[0, 0]
+    panel = axes[0, 0]
     first = training[0][0] - 1
     per_epoch = len(training) / config.num_epochs
     panel.plot([(step - first) / per_epoch for step, _ in training], [v for _, v in training], color="0.75", linewidth=0.7,

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -109,7 +108,7 @@ def _liveliest(image: Tensor) -> tuple[int, int, int]:
     return 2 * row, 2 * column, size
 
 
-def _with_inset(panel: Axes, image: np.ndarray, corner: tuple[int, int, int], title: str) -> None:
+def _with_inset(panel: Any, image: np.ndarray, corner: tuple[int, int, int], title: str) -> None:
     row, column, size = corner
     options = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     panel.imshow(image, **options)
