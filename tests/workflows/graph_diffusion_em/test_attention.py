@@ -105,7 +105,7 @@ def test_a_wrong_variance_is_noticed():
 def test_the_m_step_is_the_optimum_by_gradient():
     """At a fixed point the gradient of the likelihood is 0 where the bounds leave it free."""
     z, centres, squares, heads, sigma = problem(3)
-    for _ in range(400):
+    for _ in range(800):
         heads, _ = heads_step(z, centres, squares, heads, sigma)
     leaves = [t.clone().requires_grad_() for t in (heads.shares.log(), heads.variances, heads.narrowness)]
     _, log_density = attend(z, centres, squares, Heads(leaves[0].softmax(0), leaves[1], leaves[2]), sigma)
