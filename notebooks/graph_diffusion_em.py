@@ -37,7 +37,7 @@
 # |---|---|---|
 # | `smoke` | a few crops | seconds; checks that everything works, the result means nothing |
 # | `laptop` | sample photos of scikit-image and scikit-learn, grey, $\sigma = 25$ | minutes on 2 CPU cores |
-# | `heads` | the same | also the five arms of the question whether four heads converge faster; about an hour |
+# | `heads` | the same | also the five arms of the question whether four heads converge faster: 25 trainings more |
 # | `full` | 400 training pictures of BSD, tested on BSD68 | for a GPU; downloads them, with checksums |
 
 # %% tags=["bootstrap"]

@@ -66,7 +66,7 @@ def draw_held_out_loss(config: Config, losses: list[float], history: list[dict[s
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.set_ylim(top=0.62)
-    panel.legend(fontsize=7, loc=(0.45, 0.55))
+    panel.legend(fontsize=7, loc="upper right")
     return figure
 
 
