@@ -41,6 +41,7 @@ benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.engine
 	$(BIN)/python -m tests.benchmarks.batches
 	$(BIN)/python -m tests.benchmarks.distillation
+	$(BIN)/python -m tests.benchmarks.graph_diffusion_em
 
 .venv/ready: requirements.txt requirements-pinned.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "trainbook needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
