@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from tests.workflows.timestep_dbn.enumeration import random_dbn
 from tests.workflows.timestep_dbn.runs import digits_run
 from trainbook.workflows.timestep_dbn import evaluation
 from trainbook.workflows.timestep_dbn.diffusion import flip_schedule
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM
 
 
 def test_differences_of_bit_errors_pair_the_images():
@@ -56,3 +58,15 @@ def test_every_model_starts_from_the_same_noisy_bits_and_errors_are_counted(tmp_
         torch.testing.assert_close(errors[who][-1], wrong)
         assert errors[who].shape == (start + 1, 9)
     assert torch.equal(errors["no_op"][0], errors["no_op"][-1])
+
+
+def test_sweeps_of_equal_work_count_weights():
+    chain, _ = random_dbn([6, 4, 2], timesteps=5)  # hidden units 3, 2, 2
+    own = 6 * 3 + 4 * 2 + 2 * 2
+    large, small = ConditionalRBM(1, 12, 5 * own // 12 + 1, 0, 4), ConditionalRBM(1, 12, 1, 0, 4)
+    share = own / large.weight.numel()
+    assert evaluation.equal_work(chain, large, 1000, 1) == round(1000 * share)
+    assert 150 < round(1000 * share) < 200  # about a fifth, for five timesteps
+    assert evaluation.equal_work(chain, large, 1000, 700) == 700
+    assert evaluation.equal_work(chain, large, 5, 10) == 5
+    assert evaluation.equal_work(chain, small, 1000, 1) == 1000  # never more sweeps than the chain takes

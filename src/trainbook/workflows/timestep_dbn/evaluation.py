@@ -15,6 +15,7 @@ from trainbook.state import TrainState
 from trainbook.workflows.timestep_dbn.autoencoder import decode_all, encode_all, mean_over_bits
 from trainbook.workflows.timestep_dbn.baselines import GRADIENT_BASELINES, RBM_BASELINES, rbm_reverse_step
 from trainbook.workflows.timestep_dbn.chain import (
+    TimestepDBN,
     diffuse,
     fields,
     posterior_entropy,
@@ -25,11 +26,12 @@ from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diffusion import FlipSchedule, binary_entropy, flip, flip_schedule
 from trainbook.workflows.timestep_dbn.gradient_bias import negative_phase_bias
 from trainbook.workflows.timestep_dbn.likelihood import Annealing, bracket, bracket_metrics, plain_bracket
-from trainbook.workflows.timestep_dbn.rbm import log_pseudo_likelihood
+from trainbook.workflows.timestep_dbn.rbm import ConditionalRBM, log_pseudo_likelihood
 from trainbook.workflows.timestep_dbn.sample_metrics import sample_metrics
 
 DEAD_BIT_ENTROPY = 0.05  # nats: a bit that is 1 (or 0) in fewer than about 1 % of the images
 START_FLIP = 0.25  # bit errors are measured from the largest t with c_t below this
+LEAST_SWEEPS = 10  # of a plain RBM's reverse step, however large the RBM
 FLIP_RATES = (0.01, 0.05, 0.1)
 
 Reverse = Callable[[Tensor, int], Tensor]
@@ -179,7 +181,10 @@ def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> 
     modules, sweeps = state.modules, state.modules["dbn"].sampling_sweeps.tolist()
 
     def of_rbm(name: str) -> Reverse:
-        return lambda noisy, t: rbm_reverse_step(modules[name], noisy, t, schedule, sweeps[t - 1])
+        rbm = modules[name]
+        return lambda noisy, t: rbm_reverse_step(
+            rbm, noisy, t, schedule, equal_work(modules["dbn"], rbm, sweeps[t - 1], LEAST_SWEEPS)
+        )
 
     def factorised(name: str) -> Reverse:
         return lambda noisy, t: modules[name].reverse_step(noisy, t, schedule)
@@ -189,6 +194,15 @@ def reverse_steps(config: Config, state: TrainState, schedule: FlipSchedule) -> 
         **{name: of_rbm(name) for name in RBM_BASELINES if name in modules},
         **{name: factorised(name) for name in (*GRADIENT_BASELINES, "independent_bits") if name in modules},
     }
+
+
+def equal_work(dbn: TimestepDBN, rbm: ConditionalRBM, sweeps: int, least: int) -> int:
+    """Gibbs sweeps of a plain RBM that cost as much as so many of one timestep of the chain; not more, nor fewer than `least`.
+
+    A sweep costs as many multiplications as there are weights: an RBM of the chain's size has those of all T timesteps.
+    """
+    share = sum(level.weight[0].numel() for level in dbn.levels) / rbm.weight.numel()
+    return max(min(sweeps, least), min(sweeps, round(share * sweeps)))
 
 
 def reverse_errors(config: Config, state: TrainState, test: list[Tensor], schedule: FlipSchedule) -> dict[str, Tensor]:
@@ -239,14 +253,15 @@ def sample_trajectory(step: Reverse, num_samples: int, num_bits: int, timesteps:
 
 @torch.no_grad()
 def samples_of_all(config: Config, state: TrainState, schedule: FlipSchedule) -> dict[str, Tensor]:
-    """Ancestral samples of the chain and of every baseline, (num_samples, V); the plain RBMs' by as many Gibbs sweeps."""
+    """Ancestral samples of the chain and of every baseline, (num_samples, V); the plain RBMs' by Gibbs sweeps of equal work."""
     num_samples, mean = config.num_samples, state.modules["independent_bits"].mean
     zeros = mean.new_zeros(1, 1, len(mean))
     samples = {}
     for who, step in reverse_steps(config, state, schedule).items():
         if who in RBM_BASELINES:
             block, start = state.modules[who].block(0, 1), torch.bernoulli(mean.expand(1, num_samples, -1))
-            sweeps = int(state.modules["dbn"].sampling_sweeps.sum())  # as many as the chain gets
+            chain = state.modules["dbn"]
+            sweeps = equal_work(chain, state.modules[who], int(chain.sampling_sweeps.sum()), int(chain.sampling_sweeps.max()))
             samples[who] = block.gibbs(start, block.context_bias(zeros[..., :0]), zeros, sweeps).squeeze(0)
         else:
             samples[who] = sample_trajectory(step, num_samples, len(mean), config.timesteps, mean.device)[-1]
