@@ -419,9 +419,9 @@ def test_a_bundle_runs_on_colab_without_a_network(colab_run):
     assert colab_run.report.is_file()
 
 
-def test_a_bundle_goes_on_on_kaggle_from_a_read_only_input_bit_for_bit(colab_run, images, tmp_path):
+@pytest.mark.parametrize("layout", ["notebooks/someone/earlier-part/runs", "earlier-part/runs"])
+def test_a_bundle_goes_on_on_kaggle_from_a_read_only_input_bit_for_bit(layout, colab_run, images, tmp_path):
     name, steps = colab_run.summary()["workflow"], colab_run.summary()["total_steps"]
-    layout = ["notebooks/someone/earlier-part/runs", "earlier-part/runs"][NAMES.index(name) % 2]  # where Kaggle has put inputs
     stopped = Drive(tmp_path / "inputs" / layout, "mine", {}, name, signal_step=steps // 2, signal_number=signal.SIGTERM)
     assert stopped() == 0
     assert stopped.folder.summary()["status"] == "stopped"

@@ -99,7 +99,7 @@ def test_a_smoke_run_takes_seconds(finished):
     assert finished.summary["wall_seconds"] < 60
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
 def test_a_smoke_run_killed_anywhere_resumes_bit_for_bit(share, finished, tmp_path):
     name, step = finished.workflow.name, max(1, int(share * finished.summary["total_steps"]))
     killed = Drive(tmp_path, "killed", {}, name, signal_step=step, checkpoint_seconds=0.01)

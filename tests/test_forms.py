@@ -210,7 +210,6 @@ def test_stop_saves_and_resume_goes_on_bit_for_bit(attended, tmp_path, monkeypat
     assert "it/s" not in capfd.readouterr().err  # the panel is the progress
 
 
-@pytest.mark.slow
 def test_several_processes_are_watched_through_the_run_folder_and_stopped(attended, tmp_path, monkeypatch):
     monkeypatch.setenv(runtime.PROCESSES, "2")
     monkeypatch.setenv("PYTHONPATH", str(digits_classifier.__file__).rpartition("/tests/")[0])

@@ -164,7 +164,6 @@ def test_likelihoods_match_enumeration(stripes, stripe_matrices):
     assert metrics["chain/nats_per_bit"] < min(metrics[f"{who}/nats_per_bit"] for who in ("logistic_chain", "independent_bits"))
 
 
-@pytest.mark.slow
 def test_bit_error_falls_on_held_out_digits_and_ends_below_the_factorised_chain():
     pixels = (torch.from_numpy(load_digits().images).float() > 8).float().flatten(1)  # real digits, one bit per pixel
     row, column = torch.arange(64) // 8, torch.arange(64) % 8
