@@ -75,10 +75,6 @@ class Counters:
     seconds_computing: float = 0.0
     seconds_saved: float = 0.0
 
-    def hit_rate(self) -> float:
-        """Hits over both; 0 when nothing was asked for."""
-        return self.hits / max(1, self.hits + self.misses)
-
 
 class LogitStore:
     """Arrays that a teacher computed (logits, features), one folder per key: .npy files and a JSON header.

@@ -188,9 +188,11 @@ def _times_text(table: JobTable, times: dict[str, TrainingTime]) -> str:
         )
     if table.store is not None:
         counters = table.store.counters
+        hit_rate = 1 - counters.misses / max(1, table.asked)
         text += (
-            f"\nkept logits in this session: asked for {table.asked} times, found on disk {counters.hits} times, computed "
-            f"{counters.misses} times in {counters.seconds_computing:.2f} s; {counters.seconds_saved:.2f} s saved by the disk"
+            f"\nkept logits in this session: asked for {table.asked} times, hit rate {hit_rate:.1%}; "
+            f"found on disk {counters.hits} times, computed {counters.misses} times in {counters.seconds_computing:.2f} s; "
+            f"{counters.seconds_saved:.2f} s saved by the disk"
         )
     on = f"up to {table.jobs_at_once} networks at once" if table.jobs_at_once > 1 else "one network at a time"
     return f"{text}\nthis run trained {on}; that changes its time, not its results"
