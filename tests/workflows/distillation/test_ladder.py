@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from trainbook.workflows.distillation.ladder import (
     accept_assistant,
     geometric_sizes,
+    leading_channels,
     solve_width,
     teachers_at,
     teachers_of,
@@ -77,6 +79,28 @@ def test_left_out_teachers_are_a_function_of_seed_and_step():
     assert [teachers_at((0, 1, 2), 7, step) for step in reversed(range(50))] == first[::-1]
     assert [teachers_at((0, 1, 2), 8, step) for step in range(50)] != first
     assert [teachers_at((4,), 7, step) for step in range(50)] == [(4,)] * 50
+
+
+def two_layers(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 3))
+
+
+def test_leading_channels_compute_what_the_wide_network_computes_with_its_other_channels_at_zero():
+    torch.manual_seed(0)
+    wide, narrow = two_layers(5).eval(), two_layers(3).eval()
+    narrow.load_state_dict(leading_channels(wide.state_dict(), narrow.state_dict()))
+    images = torch.randn(2, 1, 7, 7)
+    with torch.no_grad():
+        hidden = wide[1](wide[0](images))
+        hidden[:, 3:] = 0
+        torch.testing.assert_close(narrow(images), wide[2](hidden)[:, :6])
+
+
+def test_only_a_wider_network_of_the_same_family_can_be_cut():
+    wide, narrow = two_layers(5).state_dict(), two_layers(3).state_dict()
+    for one, other in ((narrow, wide), (wide, nn.Linear(2, 2).state_dict())):
+        with pytest.raises(ValueError, match="family"):
+            leading_channels(one, other)
 
 
 def test_bootstrap_error_is_that_of_a_mean():

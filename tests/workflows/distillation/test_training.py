@@ -10,12 +10,23 @@ from tests.driving import assert_identical
 from trainbook.errors import RunFailed, UserError
 from trainbook.runtime import detect
 from trainbook.seeding import seed_step
-from trainbook.workflows.distillation.arms import HPM_KD, KD, KD_LONG, WITHOUT, Arm, Settings, arms, default_settings, hpm_kd
+from trainbook.workflows.distillation.arms import (
+    HPM_KD,
+    KD,
+    KD_LONG,
+    WARM,
+    WITHOUT,
+    Arm,
+    Settings,
+    arms,
+    default_settings,
+    hpm_kd,
+)
 from trainbook.workflows.distillation.config import Config
 from trainbook.workflows.distillation.graph import STUDENT, student_name
 from trainbook.workflows.distillation.images import load_data
 from trainbook.workflows.distillation.job_table import JOBS, JobTable
-from trainbook.workflows.distillation.jobs import Job, advance, logits_of_views, seen
+from trainbook.workflows.distillation.jobs import Job, advance, logits_of_views, new_network, seen
 from trainbook.workflows.distillation.training import build, train
 from trainbook.workflows.distillation.turns import Turns, _shared, run_chunk
 
@@ -105,7 +116,7 @@ def test_a_student_that_is_not_smaller_than_its_teacher_is_refused_when_a_chain_
 def job_of(method="kd", law="constant", **other):
     values = {"steps": 20, "sources": (("teacher_1",),), "regime": "all_labels", "seed": 3, "arm": Arm("one", law=law), **other}
     settings = Settings(method, 4.0, 0.9, 0.05, 5e-4)
-    return Job("one", STUDENT, settings=settings, network="small_cnn", width=4, **values)
+    return Job("one", STUDENT, settings=settings, network="small_cnn", **{"width": 4, **values})
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +227,32 @@ def test_what_is_sent_to_a_process_computes_what_is_computed_here(live, shared_m
         assert here[1] == there[1]
         saved = here[0]
         mine.take(job, saved)
+
+
+def test_a_warm_start_begins_with_the_assistants_leading_channels_and_goes_on_from_its_own_steps(table, data, runtime):
+    assistant, weights = "all_labels/hpm_kd_warm_start/0/assistant_1", {}
+    for chunk_steps in (4, 10):
+        config = table.config.model_copy(update={"stage": "all", "chunk_steps": chunk_steps})
+        mine = JobTable(config, data, runtime)
+        wide = new_network(config, data, config.student_network, mine.graph.widths[0], seed=5).state_dict()
+        mine.networks = {**table.networks, assistant: dict(wide)}
+        job = job_of(arm=Arm(WARM, warm=True), sources=(("teacher_1",), (assistant,)), steps=10, width=config.student_width)
+        weights[chunk_steps] = taught_by(mine, data, job, -(-10 // chunk_steps))
+        hardly = replace(job, settings=replace(job.settings, learning_rate=1e-12, weight_decay=0.0), steps=1)
+        left = taught_by(mine, data, hardly, 1)
+        for name in ("output.weight", "stages.0.0.weight"):
+            assert left[name].shape != wide[name].shape
+            torch.testing.assert_close(left[name], wide[name][tuple(map(slice, left[name].shape))], rtol=0, atol=1e-9)
+    assert_identical(weights[4], weights[10])
+    assert not torch.equal(weights[4]["output.weight"], taught_by(mine, data, replace(job, arm=Arm("one")), 1)["output.weight"])
+
+
+def taught_by(table, data, job, num_chunks):
+    """The network of a job after so many chunks, as the table hands them out."""
+    for _ in range(num_chunks):
+        table.take(job, advance(table.config, data, job, table.teaching(job), table.saved(job))[0])
+    assert job.name not in table._under_way
+    return table.networks.pop(job.name)
 
 
 # Whole runs

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from trainbook.workflows.distillation.config import Config
 
 DIRECT, KD, KD_LONG, HPM_KD, UNLABELLED = "direct", "kd", "kd_long", "hpm_kd", "kd_unlabelled"
+WARM = "hpm_kd_warm_start"
 WITHOUT = "hpm_kd_without_"
 MULTI_TEACHER, UNIFORM = "multi_teacher", "uniform_teachers"
 # Of HPM-KD, in the order of the brief. Without `parallel` nothing but the time is another, so it has no arm.
@@ -43,6 +44,7 @@ class Arm:
         live: compute what the teachers say in every step instead of keeping it.
         unlabelled: also learn from the teacher on images without labels.
         long: train as many steps as the whole chain.
+        warm: start from the leading channels of the assistant before, where there is one.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Arm:
     live: bool = False
     unlabelled: bool = False
     long: bool = False
+    warm: bool = False
 
 
 def switches(config: Config) -> dict[str, bool]:
@@ -104,6 +107,7 @@ def arms(config: Config, regime: str) -> list[Arm]:
         *([replace(kd, name=KD_LONG, long=True)] if hpm.chain else []),
         hpm,
         *(_without(hpm, name) for name in removable),
+        *([replace(hpm, name=WARM, warm=True)] if hpm.chain and config.warm_start else []),
         *map(_of_method, several),
         *([replace(kd, name=UNLABELLED, unlabelled=True)] if config.unlabelled_arm and regime != "all_labels" else []),
     ]

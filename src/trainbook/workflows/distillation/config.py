@@ -97,6 +97,8 @@ class Config(BaseConfig):
     """Most assistants of the chain, evenly spaced in the logarithm of the parameters."""
     chain_mode: Literal["takd", "dgkd"] = "dgkd"
     """takd: learn from the last assistant; dgkd: from all before, each left out of a batch with probability 1/4."""
+    warm_start: bool = False
+    """One more arm: HPM-KD whose networks start from the leading channels of the assistant before them."""
     temperature_law: Literal["constant", "cosine", "plateau", "adversarial", "hyper"] = "cosine"
     """Component: how HPM-KD's temperature moves; constant switches it off."""
     multi_teacher: bool = True

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainbook.comparison import ABOVE, HIGH, LOW, STANDARD_ERROR
 from trainbook.data import Data
 from trainbook.state import TrainState
-from trainbook.workflows.distillation.arms import COMPONENTS, DIRECT, HPM_KD, KD, KD_LONG, WITHOUT, arms
+from trainbook.workflows.distillation.arms import COMPONENTS, DIRECT, HPM_KD, KD, KD_LONG, WARM, WITHOUT, arms
 from trainbook.workflows.distillation.config import Config
 from trainbook.workflows.distillation.graph import TEACHER, Graph, student_name
 from trainbook.workflows.distillation.job_table import JOBS, JobTable
@@ -85,9 +85,9 @@ def planned_pairs(config: Config, regime: str) -> list[tuple[str, str]]:
 
 
 def ablation_pairs(config: Config, regime: str) -> list[tuple[str, str]]:
-    """HPM-KD against itself without each component."""
+    """HPM-KD against itself without each component, and with warm starts."""
     names = {arm.name for arm in arms(config, regime)}
-    return [(HPM_KD, WITHOUT + component) for component in COMPONENTS if WITHOUT + component in names]
+    return [(HPM_KD, name) for name in (*(WITHOUT + component for component in COMPONENTS), WARM) if name in names]
 
 
 @torch.no_grad()

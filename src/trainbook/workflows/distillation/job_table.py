@@ -21,7 +21,7 @@ from trainbook.workflows.distillation.gate import choose_gate, confidence_weight
 from trainbook.workflows.distillation.graph import TEACHER, Graph, search_name, trial_student_name
 from trainbook.workflows.distillation.images import num_classes
 from trainbook.workflows.distillation.jobs import Job, Teaching, logits_of_views, new_network, one_thread, predict
-from trainbook.workflows.distillation.ladder import accept_assistant, geometric_sizes, solve_width
+from trainbook.workflows.distillation.ladder import accept_assistant, geometric_sizes, leading_channels, solve_width
 from trainbook.workflows.distillation.logit_store import LogitStore, cache_key, fingerprint_tensors
 from trainbook.workflows.distillation.methods import METHODS
 from trainbook.workflows.distillation.networks import Classifier, family, num_parameters
@@ -118,8 +118,14 @@ class JobTable:
         self.networks[job.name], self.results[job.name] = saved["network"], saved["result"]
 
     def saved(self, job: Job) -> dict[str, Any] | None:
-        """What to go on from; None for a job that has not begun."""
-        return self._under_way.get(job.name)
+        """What to go on from; of a job that has not begun its first weights where it starts warm, else None."""
+        if job.name in self._under_way or not job.arm.warm:
+            return self._under_way.get(job.name)
+        before = [name for name, *_ in job.sources if name in self.networks and not name.startswith(TEACHER)]
+        if not before:
+            return None
+        narrow = new_network(self.config, self.data, job.network, job.width, job.seed).state_dict()
+        return {"start": leading_channels(self.networks[before[-1]], narrow)}
 
     def adopt(self, name: str, network: nn.Module) -> None:
         """Take a network that another run has trained for a finished job."""

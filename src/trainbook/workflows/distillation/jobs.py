@@ -108,6 +108,9 @@ def advance(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train a job for one more chunk.
 
+    Args:
+        saved: what the chunk before has left; for the first one None, or {"start": weights to start from}.
+
     Returns:
         What to give as `saved` for the next chunk; after the last one {"network", "result"}, the result being the valid
         accuracy and the negative log-likelihood of every validation image. And the metrics of the chunk.
@@ -125,6 +128,8 @@ class _Training:
         self.config, self.data, self.job, self.teaching = config, data, job, teaching
         settings, images = job.settings, data.train["images"]
         student = new_network(config, data, job.network, job.width, job.seed)
+        if saved is not None and "start" in saved:
+            student.load_state_dict(saved["start"])
         self.learner = Learner(student, self._soft_losses(student)).to(images.device).train()
         self.stepper = Stepper(
             self.learner, config.optimization(job.steps, settings.learning_rate, settings.weight_decay), job.steps
@@ -134,7 +139,7 @@ class _Training:
         self.is_labelled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         self.is_labelled[labelled_indices(config, data, job.regime)] = True
         self.batches = Batches({"index": indices}, job.seed, min(config.batch_size, len(indices)))
-        if saved is not None:
+        if saved is not None and "learner" in saved:
             self.learner.load_state_dict(saved["learner"])
             self.stepper.load_state_dict(copy.deepcopy(saved["stepper"]))  # torch goes on in the very tensors
             self.law.load_state_dict(saved["law"])

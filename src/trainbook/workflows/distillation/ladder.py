@@ -1,10 +1,11 @@
 """The progressive chain: sizes and widths of the networks between teacher and student, who teaches whom, what is worth it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainbook.seeding import step_seed
 
@@ -81,6 +82,24 @@ def teachers_at(teachers: Sequence[int], seed: int, step: int) -> tuple[int, ...
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     kept = torch.rand(len(teachers), generator=generator) >= DROP_PROBABILITY
     return tuple(t for t, keep in zip(teachers, kept.tolist(), strict=True) if keep) or (teachers[-1],)
+
+
+def leading_channels(wide: Mapping[str, Tensor], narrow: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a narrow network cut out of a wider one of its family: of every tensor the first rows, columns, channels.
+
+    Args:
+        wide: names to tensors of the wider network.
+        narrow: the same names, each tensor at most as long in every dimension; their values do not matter.
+
+    Raises:
+        ValueError: when the two are no family.
+    """
+    if wide.keys() != narrow.keys() or any(
+        wide[name].ndim != part.ndim or any(a < b for a, b in zip(wide[name].shape, part.shape, strict=True))
+        for name, part in narrow.items()
+    ):
+        raise ValueError("the first network is not a wider one of the second's family")
+    return {name: wide[name][tuple(map(slice, part.shape))].clone() for name, part in narrow.items()}
 
 
 class Acceptance(NamedTuple):
