@@ -39,7 +39,7 @@ ROWS = [
     {"catalog"},
     {"report", "execution", "processes", "spec", "objective", "plan"},
     {"forms"},
-    {"run", "doctor", "bundles", "launching", "run_comparison"},
+    {"run", "doctor", "bundles", "launching", "run_comparison", "options"},
     {"verification", "worker"},
     {"headless"},
     {"trials"},

@@ -5,26 +5,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-
-from trainbook import __version__, catalog, report, runtime
-from trainbook.config import allowed_values
+from trainbook import catalog, report, runtime
 from trainbook.errors import RunFailed, UserError
 from trainbook.files import read_json, write_atomic
 from trainbook.headless import execute
+from trainbook.options import DEFAULT_PRESET, parser_for
 from trainbook.records import BAD_INPUT, EXIT_CODES, RunFolder, find_run, identity, measured_times
 from trainbook.spec import RunSpec
 from trainbook.tables import Table
-
-DEFAULT_PRESET = "laptop"
-PLATFORMS = ("kaggle", "colab", "vastai")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 complete, 1 failed, 2 bad input, 3 stopped and resumable."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(arguments)
-    options = parser.parse_args(arguments)
+    options = parser_for(arguments, COMMANDS).parse_args(arguments)
     try:
         _export(options)
         return options.command(options)
@@ -45,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
 def list_workflows(options: argparse.Namespace) -> int:
     """What there is, and how long its runs took here."""
     times = measured_times(runtime.runs_folder())
-    rows = [[w.name, w.title, ", ".join(w.Config.PRESETS), times.get(w.name, "no complete run yet")] for w in _workflows()]
+    rows = [
+        [w.name, w.title, ", ".join(w.Config.PRESETS), times.get(w.name, "no complete run yet")]
+        for w in map(catalog.load, catalog.names())
+    ]
     print(Table(["workflow", "what it trains", "presets", "measured here"], rows))
     return 0
 
@@ -260,10 +257,6 @@ def _tried_fields(options: argparse.Namespace) -> dict[str, list[str]]:
     return fields
 
 
-def _workflows() -> list[catalog.Workflow]:
-    return [catalog.load(name) for name in catalog.names()]
-
-
 def _export(options: argparse.Namespace) -> None:
     """Hand the runtime's options to this process and the kernels it starts."""
     given = {name: getattr(options, name, None) for name in runtime.SETTINGS}
@@ -273,117 +266,6 @@ def _export(options: argparse.Namespace) -> None:
     if given["memory_limit"]:
         runtime.parse_bytes(given["memory_limit"])
     runtime.export(**given)
-
-
-def _add_fields(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
-    """One option per field of a config or spec; values stay text, its class reads and checks them."""
-    for name, field in fields.items():
-        text = " ".join((field.description or "").split()).replace("%", "%%")
-        allowed = allowed_values(field)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=text + (f" [{allowed}]" if allowed else ""),
-        )
-
-
-def _parser(arguments: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trainbook", description="Train a workflow's notebook here, headless, and read what it measured."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function: Any, name: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        added.set_defaults(command=function)
-        return added
-
-    command(list_workflows, "list")
-    show_parser = command(show, "show")
-    show_parser.add_argument("name")
-    show_parser.add_argument("--preset", default=DEFAULT_PRESET)
-    plan_parser = command(plan, "plan")
-    planned = plan_parser.add_subparsers(required=True, metavar="NAME", dest="name")
-    if arguments[:1] == ["plan"]:
-        for workflow in _workflows():
-            one = planned.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
-            one.add_argument("--preset", default="", help=f"one of {', '.join(workflow.Config.PRESETS)} (default full)")
-            one.add_argument("--run", default="", help="read what this run took, instead of measuring here")
-            one.add_argument("--prices", type=Path, help="a table like the kit's prices.toml, instead of it")
-            one.add_argument("--seconds", type=float, default=6.0, help="how long to take steps for (default 6)")
-            one.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
-            _add_fields(one, workflow.Config.model_fields)
-    run_parser = command(run, "run")
-    run_parser.add_argument("--spec", type=Path, help="run what this run.toml says, instead of NAME and its options")
-    names = run_parser.add_subparsers(metavar="NAME", dest="name")
-    if arguments[:1] == ["run"]:
-        for workflow in _workflows():
-            one = names.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
-            one.add_argument(
-                "--run-id", default="", help="name of the run folder; an existing one of the same config is continued"
-            )
-            _add_run(one, workflow)
-    sweep_parser = command(sweep, "sweep")
-    swept = sweep_parser.add_subparsers(required=True, metavar="NAME", dest="name")
-    if arguments[:1] == ["sweep"]:
-        for workflow in _workflows():
-            one = swept.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
-            _add_sweep(one)
-            _add_run(one, workflow)
-    tune_parser = command(tune, "tune")
-    tuned = tune_parser.add_subparsers(required=True, metavar="NAME", dest="name")
-    if arguments[:1] == ["tune"]:
-        for workflow in _workflows():
-            one = tuned.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
-            _add_tune(one)
-            _add_run(one, workflow)
-    bundle_parser = command(bundle, "bundle")
-    bundle_parser.add_argument("platform", choices=PLATFORMS)
-    bundled = bundle_parser.add_subparsers(required=True, metavar="NAME", dest="name")
-    if arguments[:1] == ["bundle"]:
-        for workflow in _workflows():
-            one = bundled.add_parser(workflow.name, help=workflow.title, allow_abbrev=False)
-            one.add_argument("--out", default="dist", help="folder to write to (default dist)")
-            _add_authentic(one)
-            elsewhere = ("workflow", "overrides", "authentic")
-            _add_fields(one, {name: field for name, field in RunSpec.model_fields.items() if name not in elsewhere})
-            _add_fields(one, workflow.Config.model_fields)
-    for function, name in ((resume, "resume"), (verify, "verify"), (write_report, "report")):
-        one = command(function, name)
-        one.add_argument("run", help="run id, or path of the run folder")
-        if name != "report":
-            _add_runtime(one)
-        if name == "resume":
-            one.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
-            _add_processes(one)
-    compare_parser = command(compare, "compare")
-    compare_parser.add_argument("folders", nargs="+", metavar="RUN", help="run ids, or paths of run folders")
-    compare_parser.add_argument(
-        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write (default compare.html)"
-    )
-    _add_runtime(command(doctor, "doctor"))
-    return parser
-
-
-def _add_authentic(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--authentic",
-        "--authentic-mode",
-        nargs="?",
-        type=_true_or_false,
-        const=True,
-        metavar="true|false",
-        help=f"{RunSpec.model_fields['authentic'].description} false is for smoke runs, and is written on all they make.",
-    )
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def _is_authentic(options: argparse.Namespace) -> bool:
@@ -397,93 +279,20 @@ def _is_authentic(options: argparse.Namespace) -> bool:
     return bool(options.authentic)
 
 
-def _add_run(parser: argparse.ArgumentParser, workflow: catalog.Workflow) -> None:
-    """What a run can be told."""
-    parser.add_argument(
-        "--preset",
-        default=DEFAULT_PRESET,
-        help=f"one of {', '.join(workflow.Config.PRESETS)} (default {DEFAULT_PRESET})",
-    )
-    _add_authentic(parser)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a training brief in YAML; options given here win")
-    _add_runtime(parser)
-    _add_processes(parser)
-    _add_fields(parser, workflow.Config.model_fields)
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--field",
-        dest="sweep_fields",
-        action="append",
-        required=True,
-        metavar="FIELD=VALUE,VALUE,...",
-        help="values to try; several fields: every combination. A value that holds commas stands in brackets: (16,16,8)",
-    )
-    parser.add_argument("--seeds", dest="sweep_seeds", default="", metavar="0,1,2", help="train each with these (default: one)")
-    parser.add_argument(
-        "--metric",
-        dest="sweep_metrics",
-        action="append",
-        default=[],
-        metavar="METRIC",
-        help="show this too, beside those of the targets; accuracy stands for every model's: model/accuracy, guess/accuracy",
-    )
-    parser.add_argument("--sweep-id", default="", help="begins the names of its folders (default: from what is swept)")
-
-
-def _add_tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--field",
-        dest="sweep_fields",
-        action="append",
-        required=True,
-        metavar="FIELD=LOW..HIGH",
-        help="a range to search, by ratio where its ends are a factor of 10 apart; or values: FIELD=VALUE,VALUE,...",
-    )
-    parser.add_argument(
-        "--trials",
-        dest="tune_trials",
-        type=int,
-        metavar="N",
-        help="trials altogether (default 20, or as many as --budget has time for)",
-    )
-    parser.add_argument("--budget", dest="tune_budget", default="", help="for all trials of this call, such as 20m; then stop")
-    parser.add_argument(
-        "--metric",
-        dest="tune_metric",
-        default="",
-        metavar="METRIC",
-        help="to look for: held out, such as model/accuracy, or of the records, such as valid_loss; those let bad trials end "
-        "early (default: best_metric where the config validates, else the first target's)",
-    )
-    parser.add_argument("--best", dest="tune_best", default="", choices=["highest", "lowest"], help="which value of it is best")
-    parser.add_argument("--study-id", default="", help="begins the names of its folders (default: from what is searched)")
-
-
-def _add_runtime(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:INDEX")
-    parser.add_argument("--time-budget", help="stop and save after this long, such as 20m or 11h")
-    parser.add_argument("--mirror", help="an existing folder, such as a network share, to copy the run to while it trains")
-    parser.add_argument("--memory-limit", help="count on so much of the device's free memory, such as 12GB, instead of all")
-    parser.add_argument("--log-level", choices=runtime.LOG_LEVELS, help="what the console shows; the file has everything")
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--processes", help="train in so many processes, one per GPU; auto (the default) takes both of Kaggle's T4s"
-    )
-    parser.add_argument(
-        "--parallel",
-        choices=runtime.PARALLEL_KINDS,
-        help="each process keeps a copy of the weights (default), a slice of every tensor, or some of an nn.Sequential's blocks",
-    )
-    parser.add_argument("--workers", help="processes that read a data set too large for the device (default 0)")
-    parser.add_argument("--jobs", help="networks trained at once where a workflow trains many (default: the cores, or the GPUs)")
-    parser.add_argument("--checkpoint-every", help="at most this much work is lost to a kill, such as 60s or 5m (default 60s)")
-    parser.add_argument("--keep", help="number of checkpoints kept (default 2)")
-    parser.add_argument("--checkpoint-dir", help="keep checkpoints in DIR/RUN instead of the run folder")
-    parser.add_argument("--log-dir", help="keep logs in DIR/RUN instead of the run folder")
+COMMANDS = {
+    "list": list_workflows,
+    "show": show,
+    "plan": plan,
+    "run": run,
+    "sweep": sweep,
+    "tune": tune,
+    "bundle": bundle,
+    "resume": resume,
+    "verify": verify,
+    "report": write_report,
+    "compare": compare,
+    "doctor": doctor,
+}
 
 
 if __name__ == "__main__":

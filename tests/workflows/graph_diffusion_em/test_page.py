@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import trainbook
-from trainbook.__main__ import _parser
+from trainbook.__main__ import COMMANDS
+from trainbook.options import parser_for
 from trainbook.workflows.graph_diffusion_em.config import Config
 
 FOLDER = Path(trainbook.__file__).parent / "workflows" / "graph_diffusion_em"
@@ -15,7 +16,7 @@ PAGE = (FOLDER / "README.md").read_text()
 
 @pytest.mark.parametrize("command", re.findall(r"^trainbook (run graph_diffusion_em[^\n#]*?)(?:   .*)?$", PAGE, re.MULTILINE))
 def test_commands_are_understood(command):
-    assert _parser(["run"]).parse_args(command.split()).name == "graph_diffusion_em"
+    assert parser_for(["run"], COMMANDS).parse_args(command.split()).name == "graph_diffusion_em"
 
 
 def test_files_and_fields_exist():

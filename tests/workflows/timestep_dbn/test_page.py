@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import trainbook
-from trainbook.__main__ import _parser
+from trainbook.__main__ import COMMANDS
+from trainbook.options import parser_for
 from trainbook.workflows.timestep_dbn.config import Config
 from trainbook.workflows.timestep_dbn.diagnostics import RULES
 
@@ -25,7 +26,7 @@ def test_sections_that_messages_name_are_there():
 
 @pytest.mark.parametrize("command", re.findall(r"^trainbook (run timestep_dbn[^\n#]*?)(?:   .*)?$", PAGE, re.MULTILINE))
 def test_commands_are_understood(command):
-    options = _parser(["run"]).parse_args(command.split())
+    options = parser_for(["run"], COMMANDS).parse_args(command.split())
     assert options.name == "timestep_dbn"
 
 
