@@ -37,7 +37,7 @@ ROWS = [
     {"engine", "handover"},
     {"workflows", "mirror"},
     {"catalog"},
-    {"report", "execution", "processes", "spec", "objective", "plan"},
+    {"report", "execution", "processes", "session", "spec", "objective", "plan"},
     {"forms"},
     {"run", "doctor", "bundles", "launching", "run_comparison", "options"},
     {"verification", "worker"},

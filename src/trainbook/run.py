@@ -3,14 +3,11 @@
 import json
 import logging
 import shlex
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import torch
 from IPython import get_ipython
 from IPython.display import Image, display
 from matplotlib.figure import Figure
@@ -22,17 +19,18 @@ from trainbook.comparison import baseline_table
 from trainbook.config import BaseConfig
 from trainbook.data import Data
 from trainbook.engine import Engine, Outcome
-from trainbook.errors import UserError, is_out_of_memory
+from trainbook.errors import UserError
 from trainbook.files import file_sha256, read_lines, write_json
 from trainbook.fitting import planned_rates
 from trainbook.handover import take_over
 from trainbook.live import Progress
 from trainbook.mirror import Mirror
-from trainbook.monitor import peak_memory_bytes, stage_seconds
+from trainbook.monitor import stage_seconds
 from trainbook.processes import train_in_processes
-from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, now, provenance
+from trainbook.records import EVALUATION, RunFolder, check_run_id, check_unchanged, identity, new_run_id, provenance
 from trainbook.runtime import Runtime, configure_logging, detect, group_size
 from trainbook.seeding import seed_step
+from trainbook.session import Session
 from trainbook.spec import RunSpec
 from trainbook.state import TrainState, load_newest_checkpoint
 from trainbook.tables import Table
@@ -136,7 +134,7 @@ class Run:
         self.trained = self.is_training = False
         self._panel: forms.LivePanel | None = None
         self._initial: dict[str, str] = {}
-        self._phase_seconds: dict[str, float] = {}
+        self._session: Session | None = None
         mirrored = runtime.mirror_folder is not None and distributed.rank() == 0
         self._mirror = Mirror(folder, runtime.mirror_folder) if mirrored else None
         self._identity = identity(workflow.name, preset, config, authentic)
@@ -264,12 +262,12 @@ class Run:
             print(f"{self.run_id} is complete already; nothing is trained or measured anew.")
             return
         self._begin(earlier)
-        with self._segment_recorded():
+        with self._session.recorded():
             if self.runtime.processes > 1 and distributed.size() == 1:
                 outcome = self._train_in_processes(checkpoint_seconds, progress, watch)
             else:
                 outcome = self.follow(checkpoint_seconds, progress, watch)
-            self._segment["first_step"] = outcome.first_step
+            self._session.segment["first_step"] = outcome.first_step
             self.trained = outcome.status == "complete"
             self.summary.update(why=outcome.why, status="running" if self.trained else "stopped")
         where = f"at step {self.state.step} of {self.state.total_steps}: {self.summary['why']}"
@@ -320,28 +318,6 @@ class Run:
         self.state.total_steps = outcome.total_steps
         return outcome
 
-    @contextmanager
-    def _segment_recorded(self, phase: str = "") -> Iterator[None]:
-        """Add the time of the block to this segment; when it breaks, let run.json say failed (or stopped, by Ctrl-C) and why."""
-        began = time.monotonic()
-        try:
-            yield
-        except BaseException as error:
-            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            if status == "failed":
-                logger.error("%s failed at step %d", self.run_id, self.state.step, exc_info=True)
-            remedy = "; lower batch_size or the sizes of the model" if is_out_of_memory(error) else ""
-            self.summary.update(status=status, why=(str(error) or type(error).__name__) + remedy)
-            raise
-        finally:
-            seconds = time.monotonic() - began
-            self._segment.update(ended=now(), last_step=self.state.step, seconds=self._segment["seconds"] + seconds)
-            if phase:
-                self._phase_seconds[phase] = seconds
-            self._write_summary()
-            if self.summary["status"] != "running":
-                self.leave()
-
     def leave(self) -> None:
         """Nothing more is written: let the copy catch up and give the folder back."""
         if self._mirror:
@@ -357,59 +333,25 @@ class Run:
                 "put the data back as it was, or start a new run",
             )
 
-    def _begin(self, earlier_summary: dict[str, Any]) -> None:
+    def _begin(self, earlier: dict[str, Any]) -> None:
         """Write run.json of a run under way; the segments of earlier sessions stay in it."""
-        earlier = earlier_summary.get("segments", [])
-        if earlier and earlier[-1]["ended"] is None:  # cut off: what is known of it is the last reading of the machine
-            readings = [r for r in read_lines(self.folder.system) if r["session"] >= earlier[-1]["started"]]
-            if readings:
-                earlier[-1].update(last_step=readings[-1]["step"], seconds=readings[-1]["seconds"])
-        self._segment = {
-            "platform": self.runtime.platform,
-            "device": self.runtime.device,
-            "device_name": self.runtime.device_name(),
-            "threads": torch.get_num_threads(),
-            "processes": max(self.runtime.processes, distributed.size()),
-            "started": now(),
-            "ended": None,
-            "first_step": 0,
-            "last_step": None,
-            "seconds": 0.0,
-        }
-        self.summary = {
+        facts = {
             **{key: self._identity[key] for key in ("workflow", "preset", "authentic")},
             "run_id": self.run_id,
             "command": shlex.join(self._command()),
             "stamp": self._stamp(),
-            "status": "running",
-            "why": "",
             "config_sha256": self._identity["config_sha256"],
             "seed": self.config.seed,
             "data": {key: getattr(self.data, key) for key in ("source", "licence", "sha256", "synthetic")},
-            "initial_weights": self._initial or earlier_summary.get("initial_weights", {}),
+            "initial_weights": self._initial or earlier.get("initial_weights", {}),
             "provenance": provenance(),
-            "segments": [*earlier, self._segment],
-            "parameters": self.state.num_parameters(),
-            "planned_steps": self.state.total_steps,  # an early end lowers total_steps
         }
-        self._write_summary()
+        self._session = Session(self.folder, self.runtime, self.state, facts, earlier.get("segments", []), self.leave)
+        self.summary = self._session.summary
 
     def _command(self) -> list[str]:
         authentic = ["--authentic"] if self.authentic else []
         return ["trainbook", "run", self.workflow.name, "--preset", self.preset, *self.config.options(self.preset), *authentic]
-
-    def _write_summary(self) -> None:
-        seconds = sum(segment["seconds"] for segment in self.summary["segments"])
-        price = self.runtime.price_per_hour
-        self.summary.update(
-            step=self.state.step,
-            total_steps=self.state.total_steps,
-            wall_seconds=seconds,
-            gpu_seconds=sum(s["seconds"] * s["processes"] for s in self.summary["segments"] if s["device"].startswith("cuda")),
-            peak_memory_bytes=peak_memory_bytes(self.runtime.device),
-            estimated_cost=None if price is None else price * seconds / 3600,
-        )
-        write_json(self.folder.run_json, self.summary)
 
     def curves(self) -> None:
         """Show the recorded curves, one panel per metric, stage by stage."""
@@ -421,7 +363,7 @@ class Run:
         if self._unfinished_because:
             return self._unfinished_because
         if not self._complete_already:
-            with self._segment_recorded("evaluation"):
+            with self._session.recorded("evaluation"):
                 self.summary["metrics"] = self.measure()
             self.summary["verdicts"] = [target.judge(self.summary["metrics"], self.preset) for target in self.workflow.TARGETS]
         show(report.metrics_table(self.summary["metrics"]))
@@ -463,9 +405,9 @@ class Run:
             return
         seed_step(self.config.seed, DRAWING_STEP)
         measured = {"step": self.state.step, "stage": EVALUATION, **self.summary.get("metrics", {})}
-        with self._segment_recorded("pictures"):
+        with self._session.recorded("pictures"):
             figures = self.workflow.draw(self.config, self.data, self.state, [*self.folder.history(), measured])
-        seconds = {**stage_seconds(read_lines(self.folder.system)), **self._phase_seconds}
+        seconds = {**stage_seconds(read_lines(self.folder.system)), **self._session.phase_seconds}
         figures["phase_times"] = plots.phase_times(seconds)
         self._show(figures)
 
@@ -485,12 +427,12 @@ class Run:
         """Export the weights, write the report, and run.json last of all."""
         if self.trained and "metrics" in self.summary:
             self.folder.figures.mkdir(exist_ok=True)
-            with self._segment_recorded():
+            with self._session.recorded():
                 self._export()
                 complete = {"status": "complete", "why": f"{self.summary['why']}; evaluated", "files": self._checksums()}
                 report.write(self.folder, {**self.summary, **complete})
             self.summary.update(complete)
-            self._write_summary()
+            self._session.write()
         elif self.summary:
             report.write(self.folder, self.summary)
         self.leave()
