@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
@@ -21,9 +20,12 @@ from trainbook import distributed
 from trainbook.errors import UserError
 from trainbook.seeding import seed_step
 
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+
 MeansOfPart = Callable[[Any, Any], dict[str, Tensor]]
 
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}  # name to torch's class
 OTHERWISE = "train it with --parallel copies or slices"
 
 
@@ -134,7 +136,7 @@ class Pipeline:
         self._is_first, self._is_last = self.rank == 0, self.rank == self.num_stages - 1
         self._names_of_means: list[str] = []
         self._known_borders: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._make_schedule, self._schedule, self._scheduled = SCHEDULES[schedule], None, None
+        self._schedule_class, self._schedule, self._scheduled = SCHEDULES[schedule], None, None
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch to `.grad` of this stage's parameters, as `backward` does.
@@ -284,18 +286,23 @@ class Pipeline:
             self._known_borders[key] = borders
         return self._known_borders[key]
 
-    def _new_schedule(self, borders: list[Tensor]) -> ScheduleGPipe | Schedule1F1B:
+    def _new_schedule(self, borders: list[Tensor]) -> "ScheduleGPipe | Schedule1F1B":
+        from torch.distributed import pipelining  # a second or more, in every process, and few ever need it
+
         # Asking for the gradient at every border keeps a stage independent of what others have frozen.
         entering = borders[self.rank].detach().requires_grad_(not self._is_first)
         leaving = borders[self.rank + 1].detach().requires_grad_()
         sendable = _Sendable(self.stage, leaving.dtype)
-        stage = PipelineStage(sendable, self.rank, self.num_stages, self.device, input_args=entering, output_args=leaving)
+        stage = pipelining.PipelineStage(
+            sendable, self.rank, self.num_stages, self.device, input_args=entering, output_args=leaving
+        )
 
         def share(outputs: Tensor, targets: Tensor) -> Tensor:
             return self.loss_function(outputs, targets) / self.num_micro_batches
 
         # Not scale_grads: it divides all of .grad, what earlier steps added too.
-        return self._make_schedule(stage, self.num_micro_batches, loss_fn=share, scale_grads=False)
+        schedule = getattr(pipelining, self._schedule_class)
+        return schedule(stage, self.num_micro_batches, loss_fn=share, scale_grads=False)
 
 
 def divide(module: nn.Module, num_micro_batches: int, optimizer: torch.optim.Optimizer | None = None) -> Pipeline:
