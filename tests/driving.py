@@ -29,6 +29,8 @@ CHILDREN.set_forkserver_preload(
         "trainbook.workflows.timestep_dbn.images",
         "trainbook.workflows.distillation.training",
         "trainbook.workflows.distillation.images",
+        "trainbook.workflows.graph_diffusion_em.training",
+        "trainbook.workflows.graph_diffusion_em.images",
     ]
 )
 

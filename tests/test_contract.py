@@ -99,10 +99,10 @@ def test_a_smoke_run_takes_seconds(finished):
     assert finished.summary["wall_seconds"] < 60
 
 
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
-def test_a_smoke_run_killed_anywhere_resumes_bit_for_bit(share, finished, tmp_path):
-    name, step = finished.workflow.name, max(1, int(share * finished.summary["total_steps"]))
-    killed = Drive(tmp_path, "killed", {}, name, signal_step=step, checkpoint_seconds=0.01)
-    assert killed() < 0
+def test_a_smoke_run_killed_again_and_again_resumes_bit_for_bit(finished, tmp_path):
+    name, steps = finished.workflow.name, finished.summary["total_steps"]
+    for share in (0.1, 0.35, 0.6, 0.9):
+        killed = Drive(tmp_path, "killed", {}, name, signal_step=max(1, int(share * steps)), checkpoint_seconds=0.01)
+        assert killed() < 0, share
     assert Drive(tmp_path, "killed", {}, name)() == 0
     assert_same_run(killed.folder, finished.folder)

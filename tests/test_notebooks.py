@@ -1,13 +1,13 @@
 """Notebooks: thin, paired by content, without outputs, and they run."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
-import papermill
 import pytest
 
 from trainbook import catalog
@@ -66,27 +66,22 @@ def test_the_parameters_cell_holds_plain_literals(name):
     assert values == {"preset": "laptop", "overrides": {}, "run_id": "", "authentic": False}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_plain_papermill_runs_it_from_any_folder(name, tmp_path, monkeypatch):
-    """`papermill notebooks/NAME.ipynb out.ipynb -p preset smoke`, with the run judged by run.json."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.delenv("TRAINBOOK_RUNS")
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(FOLDER / f"{name}.ipynb"),
-        "out.ipynb",
-        "-p",
-        "preset",
-        "smoke",
-        "-p",
-        "run_id",
-        "mine",
-    ]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+@pytest.fixture(scope="module", params=NAMES)
+def by_papermill(request, tmp_path_factory):
+    """`papermill notebooks/NAME.ipynb out.ipynb -p preset smoke` from another folder: the name and that folder."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    notebook = FOLDER / f"{request.param}.ipynb"
+    options = ["-p", "preset", "smoke", "-p", "run_id", "mine"]
+    environment = {**os.environ, "TRAINBOOK_DATA": str(elsewhere / "data")}  # and no TRAINBOOK_RUNS
+    command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", *options]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, elsewhere
+
+
+def test_plain_papermill_runs_it_from_any_folder(by_papermill):
+    """The run is judged by run.json."""
+    _, elsewhere = by_papermill
     summary = read_json(find_run("mine", elsewhere / "runs").run_json)
     assert summary["status"] == "complete"
     outputs = [output for cell in code_cells(nbformat.read(elsewhere / "out.ipynb", as_version=4)) for output in cell.outputs]
@@ -95,18 +90,12 @@ def test_plain_papermill_runs_it_from_any_folder(name, tmp_path, monkeypatch):
     assert pictures >= 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_cells_by_hand_and_headless_do_the_same_work(name, tmp_path, monkeypatch):
-    """Running the cells one after another in a kernel, as a person does, gives the records and metrics of papermill."""
-    folders = []
-    for way in ("papermill", "by hand"):
-        monkeypatch.setenv("TRAINBOOK_RUNS", str(tmp_path / way.replace(" ", "-")))
-        if way == "papermill":
-            papermill.execute_notebook(FOLDER / f"{name}.ipynb", None, {"preset": "smoke", "run_id": "same"}, progress_bar=False)
-        else:
-            source = "\n".join(cell.source for cell in code_cells(read(name)))
-            source = source.replace('preset = "laptop"', 'preset = "smoke"').replace('run_id = ""', 'run_id = "same"')
-            subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
-        folders.append(find_run("same", tmp_path / way.replace(" ", "-")))
-    assert folders[0].metrics.read_bytes() == folders[1].metrics.read_bytes()
-    assert folders[0].summary()["metrics"] == folders[1].summary()["metrics"]
+def test_cells_by_hand_and_headless_do_the_same_work(by_papermill, tmp_path):
+    """Running the cells one after another, as a person does, gives the records and metrics of papermill."""
+    name, elsewhere = by_papermill
+    source = "\n".join(cell.source for cell in code_cells(read(name)))
+    source = source.replace('preset = "laptop"', 'preset = "smoke"').replace('run_id = ""', 'run_id = "mine"')
+    subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+    by_hand, headless = find_run("mine", tmp_path / "runs"), find_run("mine", elsewhere / "runs")
+    assert by_hand.metrics.read_bytes() == headless.metrics.read_bytes()
+    assert by_hand.summary()["metrics"] == headless.summary()["metrics"]

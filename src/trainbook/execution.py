@@ -44,6 +44,7 @@ def run_notebook(
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable; judged by run.json, not by papermill.
     """
     notebook = notebook or workflow.notebook
+    runs_folder_is_new = not folder.path.parent.exists()
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     output = folder.path.parent / f".{folder.path.name}.ipynb"
     errors: list[BaseException] = []
@@ -93,6 +94,8 @@ def run_notebook(
             output.replace(folder.notebook)
         else:
             output.unlink()
+    if runs_folder_is_new and not any(folder.path.parent.iterdir()):
+        folder.path.parent.rmdir()
     return _judge(folder, errors[0] if errors else None, ended or stop_requested.is_set())
 
 

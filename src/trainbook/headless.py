@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainbook import runtime
+from trainbook import catalog, runtime
 from trainbook.errors import UserError
 from trainbook.launching import say_end
-from trainbook.records import new_run_id
+from trainbook.records import RunFolder, check_run_id, check_unchanged, identity, new_run_id
 
 
 def execute(
@@ -44,22 +44,26 @@ def execute(
             return code
         runtime.leave_group()
     from trainbook.execution import run_notebook
-    from trainbook.run import prepare
 
-    run_id = run_id or new_run_id(name, preset)
-    prepared = prepare(name, preset, overrides, run_id, authentic)
-    if (process := prepared.folder.training_process()) is not None:
-        raise UserError(f"process {process} is training in {prepared.folder.path}", "wait for it or stop it first")
+    # The device is for the kernel alone: looking at it here would import torch, and hold memory on a GPU all the time.
+    run_id = check_run_id(run_id) or new_run_id(name, preset)
+    workflow, folder = catalog.load(name), RunFolder(runtime.detect(hardware=False).runs_folder / run_id)
+    folder.check(identity(name, preset, workflow.Config.from_preset(preset, overrides), authentic))
+    folder.check_writable()
+    if authentic:
+        check_unchanged()
+    if (process := folder.training_process()) is not None:
+        raise UserError(f"process {process} is training in {folder.path}", "wait for it or stop it first")
     code = run_notebook(
-        prepared.workflow,
-        prepared.folder,
+        workflow,
+        folder,
         {"preset": preset, "overrides": overrides, "run_id": run_id, "authentic": authentic},
         notebook,
         stop,
         ends_early,
     )
-    if prepared.folder.run_json.exists():
-        summary = prepared.folder.summary()
+    if folder.run_json.exists():
+        summary = folder.summary()
         ending = f"{summary['status']}: {summary['why']}"
-        say_end(prepared.folder, ending, resumable=summary["status"] != "complete", launched=False)
+        say_end(folder, ending, resumable=summary["status"] != "complete", launched=False)
     return code

@@ -118,9 +118,8 @@ class RunFolder:
             UserError: when it cannot be written, or is another run's.
         """
         try:
-            if self.path.exists() and any(self.path.iterdir()):
-                self.check(config)
-            else:
+            self.check(config)
+            if not self.config.exists():
                 for name, place in (elsewhere or {}).items():  # all are checked before anything is made
                     if (place / self.path.name).exists() and any((place / self.path.name).iterdir()):
                         raise UserError(
@@ -144,6 +143,8 @@ class RunFolder:
         Raises:
             UserError: naming what differs.
         """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run folder", "choose another --run-id")
         found = read_json(self.config)
@@ -159,6 +160,20 @@ class RunFolder:
                 f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
             )
         raise UserError(f"{self.path} holds a run with {difference}", "choose another --run-id, or `trainbook resume` that run")
+
+    def check_writable(self) -> None:
+        """Refuse a folder that cannot be written, or made.
+
+        Raises:
+            UserError: saying why.
+        """
+        folder = next(path for path in (self.path, *self.path.parents) if path.exists())
+        probe = folder / f".trainbook-{self.path.name}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS") from None
 
     def lock(self) -> None:
         """Claim the folder for this process until it ends, and for those that inherit `lock_descriptor`.

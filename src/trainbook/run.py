@@ -139,18 +139,8 @@ class Run:
         self._mirror = Mirror(folder, runtime.mirror_folder) if mirrored else None
         self._identity = identity(workflow.name, preset, config, authentic)
         if distributed.rank() == 0:  # the others, perhaps on another machine, do not write there
-            if self.folder.path.exists() and any(self.folder.path.iterdir()):
-                self.folder.check(self._identity)
-            self._check_writable()
-
-    def _check_writable(self) -> None:
-        folder = next(path for path in (self.folder.path, *self.folder.path.parents) if path.exists())
-        probe = folder / f".trainbook-{self.run_id}"
-        try:
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write in {folder}: {error.strerror}", "choose another folder with TRAINBOOK_RUNS") from None
+            self.folder.check(self._identity)
+            self.folder.check_writable()
 
     def config_table(self) -> Table | None:
         """Every field with its value, its bounds, its meaning and what the preset says; where a person is, the form."""

@@ -123,14 +123,17 @@ class Runtime:
         return torch.cuda.get_device_name(self.device)
 
 
-def detect() -> Runtime:
+def detect(hardware: bool = True) -> Runtime:
     """The runtime of this process, from the environment and the hardware.
+
+    Args:
+        hardware: look at the device too, which imports torch and takes memory on a GPU. Without, it is as on a CPU.
 
     Raises:
         UserError: for a value in the environment that cannot be read, or a device that does not work.
     """
     where, platform_reason = _platform()
-    device, device_reason = _device(os.environ.get(DEVICE, "auto"))
+    device, device_reason = _device(os.environ.get(DEVICE, "auto")) if hardware else ("cpu", "not looked at")
     dtype, dtype_reason = _dtype(device)
     budget, budget_reason = _time_budget(where)
     processes, processes_reason = _processes(where, device)
