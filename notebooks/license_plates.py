@@ -21,7 +21,8 @@
 # 4. An anchor belongs to a plate when their intersection over union $\mathrm{IoU}(A, B) = |A \cap B| / |A \cup B|$ is at least
 #    0.5, to the background below 0.4. Almost all are background, so the score is learned with the **focal loss**
 #    $-\alpha (1 - p)^\gamma \log p$ for plates and $-(1 - \alpha)\, p^\gamma \log(1 - p)$ for the rest ($\gamma = 2$,
-#    $\alpha = 1/4$), the offsets of plates' anchors with an L1 loss, both divided by the plates' number of anchors.
+#    $\alpha = 1/4$), the boxes of plates' anchors with $1 - \mathrm{GIoU}$ (IoU less the
+#    share of the common hull that neither box covers); both are divided by the plates' number of anchors.
 # 5. **Non-maximum suppression** drops a box that overlaps a better one by IoU > 0.5; boxes scored below 0.25 are not reported.
 #
 # It is torchvision's `RetinaNet`. The original of this workflow was trained on `None` and reported an mAP of a constant 0; here

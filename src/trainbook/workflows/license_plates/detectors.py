@@ -58,6 +58,7 @@ def build_detector(config: Config, data_folder: Path) -> RetinaNet:
         # Without norms, the heads' small initial weights all but stop a signal of so few channels.
         norm = functools.partial(nn.GroupNorm, 8)
         head = RetinaNetHead(config.pyramid_width, anchors.num_anchors_per_location()[0], NUM_CLASSES, norm)
+        head.regression_head._loss_type = "giou"  # as torchvision's second version, which resnet50 is
         model = RetinaNet(body, NUM_CLASSES, anchor_generator=anchors, head=head, **common)
     model.head.register_forward_hook(_in_float32)
     return model

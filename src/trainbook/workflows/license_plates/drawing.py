@@ -21,7 +21,7 @@ TINTS = ((250, 250, 245), (245, 215, 80), (225, 235, 250), (250, 235, 190), (215
 RIMS = ((15, 15, 20), (20, 30, 90), (90, 15, 15))
 MAX_PLATES = 2
 MAX_DEGREES = 12.0
-PLATE_WIDTHS = (0.14, 0.36)  # share of the picture's width
+PLATE_WIDTHS = (0.16, 0.38)  # share of the picture's width
 MAX_OVERLAP = 0.02  # of two plates' boxes, as a share of the smaller
 MAX_TRIES = 20
 
@@ -47,9 +47,9 @@ def draw_picture(index: int, width: int, height: int) -> tuple[np.ndarray, np.nd
         if box is not None:
             boxes.append(box)
     picture = canvas.reduce(SUPERSAMPLING)
-    picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.008) * width))
-    light = np.asarray(picture, np.float32) * random.uniform(0.45, 1.2) + random.uniform(-15, 15)
-    light += random.uniform(2, 14) * random.standard_normal(light.shape, np.float32)
+    picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.006) * width))
+    light = np.asarray(picture, np.float32) * random.uniform(0.55, 1.2) + random.uniform(-15, 15)
+    light += random.uniform(2, 10) * random.standard_normal(light.shape, np.float32)
     found = np.stack(boxes) / SUPERSAMPLING if boxes else np.zeros((0, 4))
     return light.clip(0, 255).astype(np.uint8), found.astype(np.float32)
 

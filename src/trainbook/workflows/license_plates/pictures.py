@@ -77,13 +77,13 @@ def draw_detections(
             )  # fmt: skip
     kinds = ((FOUND, "-", "found"), (MISSED, "--", "missed plate"), (FALSE, "-", "false box"))
     lines = [panels[0].plot([], [], style, color=colour, label=name)[0] for colour, style, name in kinds]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=lines, loc="outside right upper", fontsize=8)
     return figure
 
 
 def draw_precision_recall(config: Config, scored: dict[str, Score]) -> Figure:
     """Precision over recall at three thresholds of IoU, and at one for the edges; the point that a user gets."""
-    figure, axes = new_figure(width=5.6, height=4.0)
+    figure, axes = new_figure(width=8.0, height=3.6)
     panel, recall = axes[0, 0], np.linspace(0, 1, scored["detector"].precision.shape[1])
     for threshold, iou in ((0, 0.5), (5, 0.75), (8, 0.9)):
         values = scored["detector"].precision[threshold]
@@ -98,7 +98,7 @@ def draw_precision_recall(config: Config, scored: dict[str, Score]) -> Figure:
     panel.set(xlabel="recall (share of plates found)", ylabel="precision (share of boxes that are plates)", ylim=(-0.02, 1.04))
     panel.set_title("held-out pictures", fontsize=10)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

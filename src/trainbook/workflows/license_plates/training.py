@@ -1,4 +1,4 @@
-"""Builds and trains the detector: focal loss of the anchors' scores and L1 loss of their offsets, by the kit's stage."""
+"""Builds and trains the detector: focal loss of the anchors' scores and GIoU loss of their boxes, by the kit's stage."""
 
 from collections.abc import Iterator
 
@@ -62,7 +62,7 @@ def augment(images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def detection_loss(model: nn.Module, images: Tensor, boxes: Tensor, num_boxes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over pictures of focal loss plus L1 loss, each by the number of anchors on a plate; and the two on their own.
+    """Mean over pictures of focal loss plus GIoU loss, each by the number of anchors on a plate; and the two on their own.
 
     Args:
         model: a detector in training mode.
@@ -70,7 +70,8 @@ def detection_loss(model: nn.Module, images: Tensor, boxes: Tensor, num_boxes: T
         boxes: (B, M, 4), those from num_boxes on are left out.
         num_boxes: (B,), on the CPU; 0 for a picture without plates, which only has a focal loss.
 
-    Source: Lin et al. (2017), Focal Loss for Dense Object Detection, arXiv 1708.02002, section 3 and 4.
+    Source: Lin et al. (2017), Focal Loss for Dense Object Detection, arXiv 1708.02002, section 3; Rezatofighi
+    et al. (2019), Generalized Intersection over Union, arXiv 1902.09630.
     """
     targets = [
         {"boxes": found[:number], "labels": torch.zeros(number, dtype=torch.int64, device=found.device)}
