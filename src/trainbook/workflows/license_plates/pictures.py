@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -121,7 +120,7 @@ def draw_recall_by_width(split: dict[str, Tensor], scored: dict[str, Score]) -> 
     return figure
 
 
-def _panels(image: Tensor, number: int, title: str) -> tuple[Figure, list[Axes]]:
+def _panels(image: Tensor, number: int, title: str) -> tuple[Figure, list[Any]]:
     num_columns = min(NUM_COLUMNS, number)
     width = 2.9
     height = width * image.shape[1] / image.shape[2]
@@ -132,12 +131,12 @@ def _panels(image: Tensor, number: int, title: str) -> tuple[Figure, list[Axes]]
     return figure, list(axes.flat)[:number]
 
 
-def _show(panel: Axes, image: Tensor) -> None:
+def _show(panel: Any, image: Tensor) -> None:
     """With the picture's edges at 0 and its width and height, as the boxes count."""
     _, height, width = image.shape
     panel.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation="nearest")
 
 
-def _outline(panel: Axes, box: Tensor, colour: str, style: str = "-") -> None:
+def _outline(panel: Any, box: Tensor, colour: str, style: str = "-") -> None:
     x0, y0, x1, y1 = box.tolist()
     panel.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], style, color=colour, linewidth=1.3)
