@@ -31,7 +31,7 @@
 # | preset | data | what it is for |
 # |---|---|---|
 # | `smoke` | 8 drawn pictures of 64 x 48 | seconds; checks that everything works, the result means nothing |
-# | `laptop` | 2,000 **synthetic** pictures of 160 x 120, drawn by a program; small body | minutes on 2 CPU cores |
+# | `laptop` | 1,000 **synthetic** pictures of 160 x 120, drawn by a program; small body | minutes on 2 CPU cores |
 # | `full` | CCPD (real), ResNet-50 body with COCO's weights | for a GPU; needs `picture_folder` |
 #
 # Your own pictures: `dataset = yolo`, `voc` or `ccpd` with `picture_folder`, and either body.
@@ -82,7 +82,7 @@ run.build()
 
 # %% [markdown]
 # ## Training
-# Average precision on the validation pictures is measured twice per epoch; the weights that were best there are the ones that
+# Average precision on the validation pictures is measured once per epoch; the weights that were best there are the ones that
 # are evaluated and exported. The gradient is clipped: at the start the focal loss of a fresh detector can jump.
 
 # %%

@@ -26,7 +26,7 @@ def test_the_brief_loads_as_it_stands(text):
         path.write_text(text)
     brief = read_brief(path, "license_plates", Config)
     config = Config.from_preset("laptop", brief.overrides)
-    assert config == Config(**BRIEF, augment=False)
+    assert config == Config(**BRIEF)
     assert brief.settings == {"device": "cuda", "workers": "4", "checkpoint_dir": "checkpoints", "log_dir": "logs"}
 
 

@@ -18,7 +18,7 @@ class Config(OptimizationConfig):
             "image_width": 64, "image_height": 48, "train_pictures": 8, "valid_pictures": 4, "test_pictures": 4,
             "num_epochs": 2, "batch_size": 4, "pyramid_width": 8, "warmup_steps": 2, "validate_every": 2,
         },
-        "laptop": {"augment": False},  # drawn pictures vary enough
+        "laptop": {},
         "full": {
             "dataset": "ccpd", "image_width": 480, "image_height": 768, "max_pictures": 10_000, "body": "resnet50",
             "learning_rate": 1e-4, "num_epochs": 12, "warmup_steps": 500, "validate_every": 1000, "precision": "mixed",
@@ -39,7 +39,7 @@ class Config(OptimizationConfig):
     """Pictures are made to fit into this width, in pixels, and filled up with black."""
     image_height: int = Field(default=120, ge=32, le=4096)
     """Likewise their height."""
-    train_pictures: int = Field(default=2000, ge=4)
+    train_pictures: int = Field(default=1000, ge=4)
     """With dataset = drawn: pictures to train on."""
     valid_pictures: int = Field(default=100, ge=4)
     """With dataset = drawn: pictures that choose the weights."""
@@ -59,7 +59,7 @@ class Config(OptimizationConfig):
 
     augment: bool = True
     """Mirror half of the training pictures and vary their brightness and contrast."""
-    num_epochs: int = Field(default=3, ge=1)
+    num_epochs: int = Field(default=6, ge=1)
     """Passes over the training pictures."""
     batch_size: int = Field(default=16, ge=1)
     """Pictures per step."""

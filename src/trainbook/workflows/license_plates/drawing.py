@@ -21,7 +21,7 @@ TINTS = ((250, 250, 245), (245, 215, 80), (225, 235, 250), (250, 235, 190), (215
 RIMS = ((15, 15, 20), (20, 30, 90), (90, 15, 15))
 MAX_PLATES = 2
 MAX_DEGREES = 12.0
-PLATE_WIDTHS = (0.16, 0.38)  # share of the picture's width
+PLATE_WIDTHS = (0.2, 0.4)  # share of the picture's width
 MAX_OVERLAP = 0.02  # of two plates' boxes, as a share of the smaller
 MAX_TRIES = 20
 
