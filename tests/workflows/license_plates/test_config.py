@@ -35,8 +35,12 @@ def test_thresholds_are_the_briefs_by_default():
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"picture_folder": "x"}, {"train_pictures": 8, "batch_size": 9}, {"nms_threshold": 1}, {"dataset": "coco"}]
-)
+    "overrides",
+    [
+        {"picture_folder": "x"}, {"train_pictures": 8, "batch_size": 9}, {"nms_threshold": 1}, {"dataset": "coco"},
+        {"label_smoothing": 0.1}, {"gradient_checkpointing": True},
+    ],
+)  # fmt: skip
 def test_what_makes_no_sense_is_refused(overrides):
     with pytest.raises(UserError):
         Config.from_preset("smoke", overrides)

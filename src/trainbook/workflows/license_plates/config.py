@@ -68,9 +68,9 @@ class Config(OptimizationConfig):
     schedule: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_steps: int = Field(default=30, ge=0)
-    """Steps of linear rise in front of the schedule; without them the focal loss of a fresh detector can jump a hundredfold."""
+    """Steps of linear rise in front of the schedule."""
     clip_norm: float = Field(default=1.0, ge=0)
-    """Scale the gradient down to this Euclidean norm; 0 does not clip, and the loss may run away."""
+    """Scale the gradient down to this Euclidean norm; 0 does not clip."""
     validate_every: int = Field(default=62, ge=0)
     """Steps between two measurements on the validation pictures; 0 takes none and keeps the last weights."""
     best_metric: str = "valid_ap"
@@ -84,6 +84,8 @@ class Config(OptimizationConfig):
             raise ValueError("a folder goes with dataset = yolo, voc or ccpd")
         if self.dataset == "drawn" and self.batch_size > self.train_pictures:
             raise ValueError("batch_size must not be larger than train_pictures")
+        if self.label_smoothing or self.gradient_checkpointing:
+            raise ValueError("label_smoothing and gradient_checkpointing do not apply to this detector: leave them off")
         return self
 
 
