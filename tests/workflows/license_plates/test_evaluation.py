@@ -61,17 +61,16 @@ def test_the_detector_stands_beside_edges_and_nothing_on_the_test_pictures(perfe
 
 def test_pictures_draw_every_kind_of_box(perfect):
     config, data, state = perfect
-    metrics = evaluation.evaluate(config, data, state)
-    figures = pictures.draw(config, data, state, [metrics])
-    assert figures.keys() == {"detections", "precision_recall", "recall_by_width", "beside_baselines"}  # no error, no worst
+    figures = pictures.draw(config, data, state, [])
+    assert figures.keys() == {"detections", "precision_recall", "recall_by_width"}  # no error, no worst
     outlines = [line for panel in figures["detections"].axes for line in panel.lines if len(line.get_xdata()) == 5]
     assert len(outlines) == int(data.test["num_boxes"].sum())
     assert {line.get_color() for line in outlines} == {pictures.FOUND}
     every = config.model_copy(update={"confidence_threshold": 0.05})  # now the box too many is reported
-    figures = pictures.draw(every, data, state, [metrics])
+    figures = pictures.draw(every, data, state, [])
     colours = [line.get_color() for panel in figures["worst"].axes for line in panel.lines if len(line.get_xdata()) == 5]
     assert colours.count(pictures.FALSE) == len(data.test["images"])
     none = config.model_copy(update={"confidence_threshold": 0.95})
-    figures = pictures.draw(none, data, state, [metrics])
+    figures = pictures.draw(none, data, state, [])
     colours = [line.get_color() for panel in figures["detections"].axes for line in panel.lines if len(line.get_xdata()) == 5]
     assert set(colours) == {pictures.MISSED}

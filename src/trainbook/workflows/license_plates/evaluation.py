@@ -11,8 +11,6 @@ from trainbook.workflows.license_plates.config import Config
 from trainbook.workflows.license_plates.detectors import detect
 from trainbook.workflows.license_plates.scoring import Score, score
 
-SHOWN = ("ap", "ap50", "ap75", "top1_at_iou70", "precision", "recall")
-
 
 def detections(config: Config, data: Data, state: TrainState) -> dict[str, list[dict[str, Tensor]]]:
     """What each finds in the test pictures: who to boxes and scores of every picture."""

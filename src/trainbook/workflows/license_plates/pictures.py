@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainbook.data import Data
-from trainbook.plots import baseline_bars, new_figure
+from trainbook.plots import new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.license_plates.config import Config
-from trainbook.workflows.license_plates.evaluation import SHOWN, detections, scores
+from trainbook.workflows.license_plates.evaluation import detections, scores
 from trainbook.workflows.license_plates.scoring import Match, Score
 
 NUM_EXAMPLES, NUM_COLUMNS = 12, 4
@@ -32,7 +32,7 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 
 
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Detections on held-out pictures, the worst of them, precision over recall, recall by width, bars beside the baselines."""
+    """Detections on held-out pictures, the worst of them, precision over recall, recall by width."""
     found = detections(config, data, state)
     scored = scores(config, data, found)
     matches = scored["detector"].matches
@@ -42,7 +42,6 @@ def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, 
         "detections": draw_detections(config, data.test, found["detector"], matches, range(min(NUM_EXAMPLES, len(matches)))),
         "precision_recall": draw_precision_recall(config, scored),
         "recall_by_width": draw_recall_by_width(data.test, scored),
-        "beside_baselines": baseline_bars(history[-1], SHOWN),
     }
     if worst:
         title = f"the worst: {sum(map(bool, wrong))} of {len(wrong)} held-out pictures have a missed plate or a false box"
