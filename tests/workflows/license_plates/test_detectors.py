@@ -148,7 +148,7 @@ def test_the_best_weights_are_what_evaluation_reads_through_a_checkpoint(data, t
     # Validated on the training pictures, which can be learned in seconds; that is not what is measured here.
     known = type(data)(**{**vars(data), "valid": data.train, "test": data.train})
     records = [record.metrics for record in train(config, known, state)]
-    best = max(record["valid_ap"] for record in records)
+    best = max(record["valid_ap"] for record in records if "valid_ap" in record)
     assert best > 0
     write_checkpoint(tmp_path, state.step, snapshot(state, {}), keep=1)
     torch.manual_seed(1)
