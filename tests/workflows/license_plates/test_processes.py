@@ -43,4 +43,4 @@ def test_the_romanian_pictures_are_learned_from_one_day_and_tested_on_other_vide
     run.build()
     run.train(progress=False)
     metrics = run.measure()
-    assert metrics["detector/ap50"] > 0.5 > 10 * metrics["edges/ap50"]
+    assert metrics["detector/ap50"] > 0.15 > 3 * metrics["edges/ap50"]
