@@ -23,6 +23,7 @@ PACKAGES = {
     "torchvision": ("0.25", "0.31"),
     "transformers": ("5", "6"),
     "numpy": ("2.0", "3"),
+    "pycocotools": ("2.0.8", "3"),
     "pydantic": ("2.10", "3"),
     "safetensors": ("0.5", "1"),
     "nvidia-ml-py": ("12", "14"),
