@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainbook import mirror, runtime
+from trainbook import catalog, mirror, runtime
 from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
 from trainbook.run import prepare
@@ -21,18 +21,9 @@ from trainbook.run import prepare
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIGNAL = "TEST_SIGNAL"  # step and number of the signal that the first of several processes sends itself
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(
-    [
-        "tests.driving",
-        "torch._dynamo",  # the first optimizer of a process imports it, for seconds
-        "trainbook.workflows.timestep_dbn.training",
-        "trainbook.workflows.timestep_dbn.images",
-        "trainbook.workflows.distillation.training",
-        "trainbook.workflows.distillation.images",
-        "trainbook.workflows.graph_diffusion_em.training",
-        "trainbook.workflows.graph_diffusion_em.images",
-    ]
-)
+# The first optimizer of a process imports torch._dynamo, for seconds. Modules that a workflow does not have are passed over.
+_PARTS = [f"trainbook.workflows.{name}.{part}" for name in catalog.names() for part in ("training", "images", "data")]
+CHILDREN.set_forkserver_preload(["tests.driving", "torch._dynamo", *_PARTS])
 
 # Every stage has some hundred quick steps, two blocks of timesteps, and epochs that end inside a stage.
 SMALL_DBN = {
