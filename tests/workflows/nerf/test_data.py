@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_brief import TEXT
+from trainbook.brief import read_brief
 from trainbook.errors import UserError
 from trainbook.workflows.nerf.config import Config
 from trainbook.workflows.nerf.data import hold_out, load_data
@@ -160,12 +161,9 @@ def test_too_few_rays_for_a_batch_are_said():
 
 
 def test_the_brief_arrives(tmp_path):
-    from tests.test_brief import TEXT
-    from trainbook.brief import read_brief
-
-    path = Path(tmp_path / "brief.yaml")
+    path = tmp_path / "brief.yaml"
     path.write_text(TEXT)
     config = Config.from_preset("laptop", read_brief(path, "nerf", Config).overrides)
-    found = {name: getattr(config, name) for name in ("seed", "num_epochs", "learning_rate", "num_rays", "num_samples", "clip_norm")}
-    assert found == {"seed": 42, "num_epochs": 100, "learning_rate": 5e-4, "num_rays": 1024, "num_samples": 64, "clip_norm": 1.0}
+    expected = {"seed": 42, "num_epochs": 100, "learning_rate": 5e-4, "num_rays": 1024, "num_samples": 64, "clip_norm": 1.0}
+    assert {name: getattr(config, name) for name in expected} == expected
     assert config.precision == "mixed"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.interpolate import RegularGridInterpolator
-from torch.nn.functional import relu
+from torch.nn.functional import relu, softplus
 
 from trainbook.workflows.nerf.config import Config
 from trainbook.workflows.nerf.model import FIELDS, GridField, PositionalField, Renderer, positional_encoding, render_view
@@ -51,8 +51,8 @@ def test_the_mlp_is_the_network_that_concatenates_for_every_sample():
     weight = torch.cat([field.features.weight, field.direction.weight], 1)
     colour = relu(torch.cat([h, seen_from], -1) @ weight.T + field.features.bias) @ field.colour.weight.T + field.colour.bias
     density, found = field(positions, directions)
-    torch.testing.assert_close(found, colour)
-    torch.testing.assert_close(density, (h @ field.density.weight.T + field.density.bias)[..., 0])
+    torch.testing.assert_close(found, colour.sigmoid())
+    torch.testing.assert_close(density, softplus(h @ field.density.weight.T + field.density.bias)[..., 0])
 
 
 def test_the_grid_is_interpolated_linearly():
@@ -62,6 +62,7 @@ def test_the_grid_is_interpolated_linearly():
     axis = np.linspace(-1, 1, 6)
     values = field.grid[0, 0].detach().numpy()  # its axes are z, y, x
     expected = RegularGridInterpolator((axis, axis, axis), values)(positions.flip(-1).numpy())
+    expected = np.logaddexp(0, expected) * 5 / 2.5  # softplus; five voxels along an edge of length 2.5
     np.testing.assert_allclose(field(positions, directions)[0].detach().numpy(), expected, atol=1e-5)
 
 
@@ -77,7 +78,8 @@ def test_density_does_not_depend_on_the_direction_and_colour_does(name):
 @pytest.mark.parametrize("name", FIELDS)
 def test_only_training_draws_random_numbers_and_chunks_change_nothing(name):
     renderer = Renderer(FIELDS[name](config()), config())
-    rays = torch.tensor([[0.0, 0.0, 4.0]]).expand(9, 3), torch.nn.functional.normalize(torch.randn(9, 3) * 0.1 - torch.eye(3)[2], dim=-1)
+    directions = torch.nn.functional.normalize(0.1 * torch.randn(9, 3) - torch.eye(3)[2], dim=-1)
+    rays = torch.tensor([[0.0, 0.0, 4.0]]).expand(9, 3), directions
     trained = renderer(*rays), renderer(*rays)
     assert not torch.equal(trained[0].colour, trained[1].colour)
     renderer.eval()

@@ -1,5 +1,6 @@
 """Compositing against closed forms, quadrature by scipy and the textbook's loop."""
 
+import itertools
 import math
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_sum_tends_to_the_integral_with_the_square_of_the_interval():
         found = composite(density, colour[..., None].expand(1, number, 3), distances, widths, FAR).colour
         errors.append(abs(float(found[0, 0]) - true))
     assert errors[-1] < 2e-4
-    assert all(after < 0.35 * before for before, after in zip(errors[1:], errors[2:], strict=False))
+    assert all(after < 0.35 * before for before, after in itertools.pairwise(errors[1:]))
 
 
 def test_random_samples_are_right_on_average():

@@ -1,5 +1,6 @@
 """The scene's rays against marching, and the renderer against the scene."""
 
+import pytest
 import torch
 
 from trainbook.workflows.nerf.rays import clip_to_cube, orbit_poses, rays_of_view, stratified_distances
@@ -70,5 +71,5 @@ def test_light_follows_lamberts_law_on_the_disc_and_no_ray_sees_below():
     hit = intersect(scene, torch.tensor([[0.2, -1.1, 3.0]]), down)
     expected = scene.disc_colours[(0 + -4) % 2] * (0.3 + 0.7 * scene.light[2])
     torch.testing.assert_close(hit.colour[0], expected)
-    assert float(hit.distance[0]) == 3.0 - scene.disc_height
+    assert float(hit.distance[0]) == pytest.approx(3.0 - scene.disc_height)
     assert intersect(scene, torch.tensor([[0.0, 1.3, 3.0]]), down).distance.isinf().all()

@@ -29,9 +29,9 @@ class Config(OptimizationConfig):
     }  # fmt: skip
 
     dataset: Literal["analytic", "blender", "packed"] = "analytic"
-    """analytic: a synthetic scene of spheres, rendered by exact ray intersection; blender: see data_folder; packed: see data_file."""
+    """analytic: synthetic spheres, rendered by exact ray intersection; blender: see data_folder; packed: see data_file."""
     data_folder: str = ""
-    """With dataset = blender: a nerf_synthetic folder with transforms_train.json, if it is there transforms_test.json, and pictures."""
+    """With dataset = blender: a folder of nerf_synthetic: transforms_train.json, pictures, and perhaps transforms_test.json."""
     data_file: str = ""
     """With dataset = packed: a .npz with images (N, H, W, 3) uint8 on white, poses (N, 4, 4) and focal in pixels."""
     image_size: int = Field(default=64, ge=8, le=4096)
@@ -47,7 +47,7 @@ class Config(OptimizationConfig):
     far: float = Field(default=6.0, gt=0)
     """Distance at which rays end: what light is left there comes from the white background."""
     bound: float = Field(default=1.25, gt=0)
-    """Half the edge of the cube that holds the scene: nothing outside of it is sampled. 1.5 holds every scene of nerf_synthetic."""
+    """Half the edge of the cube that holds the scene; nothing outside is sampled. 1.5 holds all scenes of nerf_synthetic."""
 
     fields: Literal["both", "mlp", "grid"] = "both"
     """Train the network with positional encoding, the dense grid, or one after the other, to compare them."""

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainbook.data import Data
-from trainbook.plots import baseline_bars, image_grid, new_figure
+from trainbook.plots import image_grid, new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.nerf.config import Config
 from trainbook.workflows.nerf.evaluation import baselines, psnr, render_views
@@ -37,28 +37,26 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 
 
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Held-out views beside the truth, views from a turntable, depths, PSNR by view, and the metrics as bars."""
+    """Held-out views beside the truth, views from a turntable, depths, and PSNR by view."""
     test = data.test
     size = tuple(test["images"].shape[1:3])
     seen = {name: render_views(state.modules[name], test["poses"], test["focals"], size) for name in config.field_names}
     colours = {name: view[0] for name, view in seen.items()} | baselines(data)
-    suffix = ", SYNTHETIC scene" if data.synthetic else ""
     return {
-        "held_out": draw_held_out(test["images"], colours, suffix),
-        "turntable": draw_turntable(config, data, state, size, suffix),
-        "depth": draw_depths(config, test, {name: view[1] for name, view in seen.items()}, suffix),
-        "psnr_by_view": draw_psnr(test["images"], colours, suffix),
-        "metrics": baseline_bars(history[-1], ["psnr_db", "worst_psnr_db", "ssim"]),
+        "held_out": draw_held_out(test["images"], colours),
+        "turntable": draw_turntable(config, data, state, size),
+        "depth": draw_depths(config, test, {name: view[1] for name, view in seen.items()}),
+        "psnr_by_view": draw_psnr(test["images"], colours),
     }
 
 
-def draw_held_out(images: Tensor, colours: dict[str, Tensor], suffix: str) -> Figure:
+def draw_held_out(images: Tensor, colours: dict[str, Tensor]) -> Figure:
     """Rows of views: the truth, everybody's picture, and below it everybody's error."""
     number = min(MAX_VIEWS, len(images))
     shown = [who for who in colours if who != "mean_colour"]
     figure, axes = new_figure(2 * len(shown) + 1, number, width=2.0, height=2.1)
     for row in range(number):
-        image_grid(axes[row, 0], _array(images[row, None]), 1, f"held-out view {row}" + (suffix if row == 0 else ""))
+        image_grid(axes[row, 0], _array(images[row, None]), 1, f"held-out view {row}")
         for index, who in enumerate(shown):
             picture, column = colours[who][row], 1 + 2 * index
             decibel = float(psnr(picture[None], images[row, None]))
@@ -71,7 +69,7 @@ def draw_held_out(images: Tensor, colours: dict[str, Tensor], suffix: str) -> Fi
     return figure
 
 
-def draw_turntable(config: Config, data: Data, state: TrainState, size: tuple[int, int], suffix: str) -> Figure:
+def draw_turntable(config: Config, data: Data, state: TrainState, size: tuple[int, int]) -> Figure:
     """Each field from cameras all around, none of which took a picture."""
     number = config.turntable_views
     azimuths = 2 * math.pi * torch.arange(number) / number
@@ -83,12 +81,13 @@ def draw_turntable(config: Config, data: Data, state: TrainState, size: tuple[in
     figure, axes = new_figure(1, len(config.field_names), width=1.5 * columns, height=1.5 * rows + 0.3)
     for panel, name in zip(axes[:, 0], config.field_names, strict=True):
         colours, _ = render_views(state.modules[name], poses, focals, size)
+        kind = " of the SYNTHETIC scene" if data.synthetic else ""
         angles = f"every {360 / number:.0f} degrees, {math.degrees(ORBIT_ELEVATION):.0f} degrees up"
-        image_grid(panel, _array(colours), columns, f"{name}: turntable, {angles}{suffix}")
+        image_grid(panel, _array(colours), columns, f"{name}: turntable{kind}, {angles}")
     return figure
 
 
-def draw_depths(config: Config, test: dict[str, Tensor], depths: dict[str, Tensor], suffix: str) -> Figure:
+def draw_depths(config: Config, test: dict[str, Tensor], depths: dict[str, Tensor]) -> Figure:
     """Distance to what is seen, beside the exact one where it is known."""
     number = min(2, len(test["poses"]))
     exact = {"exact": test["depths"].clamp(max=config.far)} if "depths" in test else {}
@@ -101,19 +100,19 @@ def draw_depths(config: Config, test: dict[str, Tensor], depths: dict[str, Tenso
                 depth[row].cpu().numpy(), cmap="viridis_r", vmin=lowest, vmax=config.far, interpolation="nearest"
             )
             panel.set_axis_off()
-            panel.set_title(f"{who}, view {row}" + (suffix if panel is axes[0, 0] else ""), fontsize=9)
+            panel.set_title(f"{who}, view {row}", fontsize=9)
     figure.colorbar(drawn, ax=axes, label=f"distance, scene's unit; {config.far:g} is the far plane")
     return figure
 
 
-def draw_psnr(images: Tensor, colours: dict[str, Tensor], suffix: str) -> Figure:
+def draw_psnr(images: Tensor, colours: dict[str, Tensor]) -> Figure:
     """PSNR of every held-out view."""
     figure, axes = new_figure(width=6.4, height=3.2)
     for who, found in colours.items():
         values = psnr(found, images).cpu().numpy()
         label = f"{who.replace('_', ' ')}: mean {values.mean():.1f} dB"
         axes[0, 0].plot(np.arange(len(values)), values, "o-", label=label, color=COLOURS[who])
-    axes[0, 0].set(title=f"quality by held-out view{suffix}", xlabel="view", ylabel="PSNR, dB", xticks=np.arange(len(images)))
+    axes[0, 0].set(title="quality by held-out view", xlabel="view", ylabel="PSNR, dB", xticks=np.arange(len(images)))
     axes[0, 0].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure

@@ -34,18 +34,17 @@ def transmittances(optical_depths: Tensor) -> tuple[Tensor, Tensor]:
     return before - through, through[:, -1:]
 
 
-def composite(densities: Tensor, colours: Tensor, distances: Tensor, widths: Tensor, far: float, background: float = 1.0) -> Pixels:
-    """Alpha compositing: C = sum_i w_i c_i + T_(S+1) background, depth = sum_i w_i t_i + T_(S+1) far.
+def composite(densities: Tensor, colours: Tensor, distances: Tensor, widths: Tensor, far: float) -> Pixels:
+    """Alpha compositing: C = sum_i w_i c_i + T_(S+1) white, depth = sum_i w_i t_i + T_(S+1) far.
 
     Args:
         densities: (R, S), sigma_i >= 0, per unit of length.
         colours: (R, S, 3), c_i in [0, 1].
         distances: (R, S), t_i.
         widths: (R, S) or (R, 1), of the intervals.
-        far: the far plane, which closes every ray.
-        background: grey value behind it.
+        far: the far plane, which closes every ray; what is behind it is white, 1.
     """
     weights, rest = transmittances(densities * widths)
-    colour = torch.bmm(weights[:, None], colours)[:, 0] + rest * background
+    colour = torch.bmm(weights[:, None], colours)[:, 0] + rest
     depth = (weights * distances).sum(-1) + rest[:, 0] * far
     return Pixels(colour, depth, 1 - rest[:, 0])
