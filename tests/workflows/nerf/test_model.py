@@ -93,3 +93,14 @@ def test_compositing_stays_in_float32_under_autocast():
     rays = torch.tensor([[0.0, 0.0, 4.0]]), torch.tensor([[0.0, 0.0, -1.0]])
     with torch.autocast("cpu", torch.bfloat16):
         assert {part.dtype for part in renderer(*rays)} == {torch.float32}
+
+
+def test_computing_activations_again_leaves_the_gradient_as_it_is():
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        renderer = Renderer(PositionalField(config()), config(gradient_checkpointing=recompute))
+        rays = torch.tensor([[0.0, 0.0, 4.0]]).expand(3, 3), torch.tensor([[0.0, 0.0, -1.0]]).expand(3, 3)
+        renderer(*rays).colour.sum().backward()
+        gradients.append(renderer.field.first.weight.grad)
+    assert torch.equal(*gradients)

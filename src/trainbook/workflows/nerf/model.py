@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from trainbook.workflows.nerf.config import Config
 from trainbook.workflows.nerf.rays import clip_to_cube, stratified_distances
@@ -116,13 +117,18 @@ class Renderer(nn.Module):
         super().__init__()
         self.field = field
         self.near, self.far, self.bound, self.num_samples = config.near, config.far, config.bound, config.num_samples
+        self.recomputes = config.gradient_checkpointing
 
     def forward(self, origins: Tensor, directions: Tensor) -> Pixels:
         """What is seen along rays, (R, 3) each."""
         start, end = clip_to_cube(origins, directions, self.bound, self.near, self.far)
         distances, widths = stratified_distances(start, end, self.num_samples, random=self.training)
         positions = (origins[:, None] + distances[..., None] * directions[:, None]) / self.bound
-        return composite(*self.field(positions, directions), distances, widths, self.far)
+        if self.recomputes and self.training:
+            seen = checkpoint(self.field, positions, directions, use_reentrant=False)
+        else:
+            seen = self.field(positions, directions)
+        return composite(*seen, distances, widths, self.far)
 
 
 FIELDS = {"mlp": PositionalField, "grid": GridField}
