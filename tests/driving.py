@@ -29,6 +29,10 @@ CHILDREN.set_forkserver_preload(
         "trainbook.workflows.timestep_dbn.images",
         "trainbook.workflows.distillation.training",
         "trainbook.workflows.distillation.images",
+        "trainbook.workflows.nerf.training",
+        "trainbook.workflows.nerf.data",
+        "trainbook.workflows.diffusion.training",
+        "trainbook.workflows.diffusion.data",
     ]
 )
 

@@ -118,7 +118,8 @@ def denoise(unet: nn.Module, config: Config, start: Tensor, labels: Tensor, scal
     images, steps = start, []
     for timestep in schedule.timesteps:
         predicted = guided_noise(unet, images, timestep, labels, scale)
-        images = schedule.step(predicted, timestep, images).prev_sample
+        # The estimate of the image is cut to [-1, 1]; the noise must be what that leaves, or the two no longer add up to x_t.
+        images = schedule.step(predicted, timestep, images, use_clipped_model_output=True).prev_sample
         steps.append(images)
     return [*steps[:-1], steps[-1].clamp(-1, 1)]
 

@@ -18,7 +18,7 @@ from trainbook.workflows.diffusion.training import SNAPSHOTS, UNET
 
 ROWS = 6  # samples of each class
 TRAJECTORY_STEPS = 9  # images between noise and sample that are shown
-NUM_NEIGHBOURS = 12
+NUM_NEIGHBOURS = 8
 CLASSES = ", ".join(str(k) for k in range(NUM_CLASSES))
 
 
