@@ -73,7 +73,7 @@ def test_the_grid_learns_the_scene_in_seconds():
 @pytest.mark.slow
 @pytest.mark.skipif(not LEGO.is_file(), reason="lego is not in ../shared/data/nerf")
 def test_both_fields_learn_the_real_lego():
-    fields = {"dataset": "packed", "data_file": str(LEGO), "image_size": 50, "test_views": 12, "num_epochs": 3, "grid_epochs": 2}
+    fields = {"dataset": "packed", "data_file": str(LEGO), "image_size": 32, "test_views": 12, "num_epochs": 4, "grid_epochs": 3}
     metrics = trained(Config.from_preset("laptop", fields))
     for name in ("mlp", "grid"):
         assert metrics[f"{name}/psnr_db"] > metrics["nearest_view/psnr_db"] + 1.5
