@@ -123,7 +123,7 @@ def test_the_brief_arrives(tmp_path):
 def test_mnist_is_learned_from_its_official_files():
     fields = {
         "dataset": "mnist", "data_folder": str(MNIST), "max_train_images": 6400, "batch_size": 64, "num_epochs": 2,
-        "classifier_epochs": 2, "block_channels": (16, 32), "num_groups": 8, "validate_every": 100,
+        "classifier_epochs": 5, "block_channels": (16, 32), "num_groups": 8, "validate_every": 100,
     }  # fmt: skip
     config = Config.from_preset("smoke", fields)
     data = load_data(config, detect())
@@ -131,4 +131,4 @@ def test_mnist_is_learned_from_its_official_files():
     _, answers = features_and_answers(state.modules["classifier"], data.test["images"])
     assert float((answers == data.test["labels"]).float().mean()) > 0.9
     measured = [record["valid_loss"] for record in records if "valid_loss" in record]
-    assert measured[-1] < 0.8 * measured[0]
+    assert measured[-1] < min(0.3, measured[0])  # 1 is what predicting no noise at all gives

@@ -63,7 +63,7 @@ def test_the_loss_is_the_error_of_the_pixels_of_those_rays():
 
 def test_the_grid_learns_the_scene_in_seconds():
     config = Config.from_preset(
-        "smoke", {"fields": "grid", "num_cameras": 24, "grid_size": 20, "grid_epochs": 12, "num_rays": 256, "validate_every": 0}
+        "smoke", {"fields": "grid", "num_cameras": 48, "grid_size": 20, "grid_epochs": 10, "num_rays": 256, "validate_every": 0}
     )
     metrics = trained(config)
     assert metrics["grid/psnr_db"] > metrics["nearest_view/psnr_db"] + 1.5

@@ -23,7 +23,7 @@ from trainbook.workflows.nerf.scene import intersect, photograph, spheres_on_a_d
 
 CAMERA_RADIUS, FOCAL_SHARE = 4.0, 1.389  # distance and focal length over width, as in nerf_synthetic
 LOWEST, HIGHEST = 0.1, 0.9  # sine of the embedded cameras' elevation
-GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+TURNS = 5  # of the spiral; with 48 cameras every eighth, those held out, then stand 60 degrees apart
 
 Views = dict[str, Tensor]  # images (V, H, W, 3) in [0, 1], poses (V, 3, 4), focals (V,) in pixels
 
@@ -79,9 +79,7 @@ def hold_out(views: Views, number: int, field: str, leave: int = 1) -> tuple[Vie
 
 def _photographed(config: Config) -> Views:
     places = (torch.arange(config.num_cameras) + 0.5) / config.num_cameras
-    poses = orbit_poses(
-        GOLDEN_ANGLE * torch.arange(config.num_cameras), torch.asin(LOWEST + (HIGHEST - LOWEST) * places), CAMERA_RADIUS
-    )
+    poses = orbit_poses(2 * math.pi * TURNS * places, torch.asin(LOWEST + (HIGHEST - LOWEST) * places), CAMERA_RADIUS)
     scene, focal = spheres_on_a_disc(), FOCAL_SHARE * config.image_size
     images = torch.stack([photograph(scene, pose, focal, config.image_size) for pose in poses])
     return {"images": images, "poses": poses, "focals": torch.full((len(poses),), focal)}
