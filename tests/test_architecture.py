@@ -31,7 +31,7 @@ ROWS = [
         "attention",
         "augmentation",
     },
-    {"accumulation"},
+    {"accumulation", "image_sets"},
     {"stepper"},
     {"fitting"},
     {"engine", "handover"},

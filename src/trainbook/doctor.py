@@ -22,6 +22,7 @@ PACKAGES = {
     "torch": ("2.10", "2.16"),
     "torchvision": ("0.25", "0.31"),
     "transformers": ("5", "6"),
+    "diffusers": ("0.37", "1"),
     "numpy": ("2.0", "3"),
     "pycocotools": ("2.0.8", "3"),
     "pydantic": ("2.10", "3"),
