@@ -42,6 +42,10 @@ benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.batches
 	$(BIN)/python -m tests.benchmarks.distillation
 	$(BIN)/python -m tests.benchmarks.graph_diffusion_em
+	$(BIN)/python -m tests.benchmarks.cellular_cube
+	$(BIN)/python -m tests.benchmarks.nerf
+	$(BIN)/python -m tests.benchmarks.diffusion
+	$(BIN)/python -m tests.benchmarks.legal_bert
 
 .venv/ready: requirements.txt requirements-pinned.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "trainbook needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
