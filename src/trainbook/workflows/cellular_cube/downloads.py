@@ -59,7 +59,9 @@ def fetch(files: tuple[TextFile, ...], text_folder: str, data_folder: Path) -> l
                 raise UserError(f"there is no {path}", f"put it there from {file.url}, or leave text_folder empty to download it")
             _download(file, path)
         if (found := file_sha256(path)) != file.sha256:
-            raise UserError(f"{path} is not the file of {file.url}: its SHA-256 is {found}", "delete it, so that it is fetched again")
+            raise UserError(
+                f"{path} is not the file of {file.url}: its SHA-256 is {found}", "delete it, so that it is fetched again"
+            )
     return paths
 
 

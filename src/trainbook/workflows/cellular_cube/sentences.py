@@ -160,7 +160,7 @@ def first_sentence(docstring: str) -> str:
         and sentence.isascii()
         and sentence[0].isupper()
         and letters >= 0.9 * len(sentence)
-        and not re.search(r"[<>{}=|\\\[\]]|--|::", sentence)
+        and not re.search(r"\b(Args|Returns|Parameters):|[<>{}=|\\\[\]]|--|::", sentence)
     )
     return sentence if is_prose else ""
 
