@@ -226,7 +226,10 @@ def text_file(path: Path) -> Corpus:
 
 def _without_repeats(texts: list[str], *columns: list[int]) -> tuple:
     """The first of sentences that are the same, with what the other columns hold for it as int64 arrays."""
-    kept = list({key: index for index, key in reversed(list(enumerate(map(normalised, texts))))}.values())[::-1]
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        first.setdefault(normalised(text), index)
+    kept = list(first.values())
     return [texts[index] for index in kept], *(np.array(column, dtype=np.int64)[kept] for column in columns)
 
 

@@ -165,7 +165,9 @@ def minilm_folder() -> Path:
 
 def _load(place: str, **options) -> tuple[nn.Module, object]:
     from transformers import AutoModel, AutoTokenizer  # slow to import, and most runs need none
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoModel.from_pretrained(place, dtype=torch.float32, **options), AutoTokenizer.from_pretrained(place, **options)
 
 
