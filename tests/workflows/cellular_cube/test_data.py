@@ -46,6 +46,20 @@ def test_no_sentence_is_in_two_splits(tmp_path):
     assert len(set(texts)) == len(texts) == 300
 
 
+@needs_text
+def test_triples_point_at_a_sentence_and_its_halves(tmp_path):
+    data = load(tmp_path, corpus="mixed", text_folder=str(SHARED), max_sentences=2000, held_out_sentences=400)
+    for split in ("train", "test"):
+        triples = data.triples[split]
+        assert len(triples) > 20
+        assert data.label_names[int(getattr(data, split)["labels"][triples[0, 1]])] == "first half"
+        shared = 0
+        for whole, first, second in triples.tolist():
+            texts = [set(data.sentences[split][row].lower().split()) for row in (whole, first, second)]
+            shared += len(texts[0] & (texts[1] | texts[2])) / len(texts[0])
+        assert shared / len(triples) > 0.7  # a whole sentence has most words of its halves
+
+
 def test_tfidf_svd_is_the_truncated_decomposition():
     texts = ["the cat sat", "the dog sat", "a dog barked", "birds sing songs", "dogs and cats sing", "the songs of birds"]
     teacher = TfidfSvd(texts)

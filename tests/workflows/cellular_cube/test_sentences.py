@@ -117,6 +117,7 @@ def test_wikisplit_rows_that_share_a_sentence_share_a_group(tmp_path):
     assert len(corpus.sentences) == 8
     assert corpus.groups.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     assert corpus.labels.tolist() == [0, 1, 2, 0, 2, 0, 1, 2]
+    assert corpus.triples.tolist() == [[0, 1, 2], [3, 1, 4], [5, 6, 7]]
     path.write_text("no splitter here\n")
     with pytest.raises(UserError, match="without"):
         sentences.wikisplit([path])

@@ -36,6 +36,7 @@ class SentenceData(Data):
         scale: root of the mean square over all entries of (raw training vector - mean): one number for all dimensions.
         teacher: what made the vectors, and can embed what is decoded.
         cache_hit_rate: share of the vectors that were read instead of computed.
+        triples: split to (R, 3) int64, rows of a whole sentence and of the halves it was split into; WikiSplit's only.
     """
 
     sentences: Mapping[str, tuple[str, ...]]
@@ -45,6 +46,7 @@ class SentenceData(Data):
     scale: float
     teacher: Teacher
     cache_hit_rate: float
+    triples: Mapping[str, Tensor]
 
     def standardised(self, raw: Tensor) -> Tensor:
         """(raw - mean) / scale."""
@@ -64,10 +66,12 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
     corpora = read_corpora(config, runtime.data_folder)
     sentences: dict[str, list[str]] = {name: [] for name in SPLITS}
     labels: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    triples: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     label_names: list[str] = []
     for corpus in corpora:
         parts = split(corpus, config.max_sentences // len(corpora), config.held_out_sentences // len(corpora))
         for name, indices in parts.items():
+            triples[name].append(_triples_within(corpus.triples, indices, len(sentences[name])))
             sentences[name] += [corpus.sentences[index] for index in indices]
             labels[name].append(corpus.labels[indices] + len(label_names))
         label_names += corpus.label_names
@@ -94,6 +98,7 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
         scale=scale,
         teacher=teacher,
         cache_hit_rate=hit_rate,
+        triples={name: torch.from_numpy(np.concatenate(found)) for name, found in triples.items()},
     ).to(runtime.device)
 
 
@@ -118,6 +123,14 @@ def _vectors(
     logger.info("teacher vectors: %d of %d were kept from before (%.0f %%)", cache.hits, len(every), 100 * cache.hit_rate)
     borders = np.cumsum([len(texts) for texts in sentences.values()])[:-1]
     return dict(zip(sentences, np.split(rows, borders), strict=True)), cache.hit_rate
+
+
+def _triples_within(triples: np.ndarray, indices: np.ndarray, offset: int) -> np.ndarray:
+    """Those triples of a corpus that are wholly in a part of it, as rows of that part, which begins at `offset`."""
+    rows = np.full(max(int(triples.max(initial=-1)), int(indices.max())) + 1, -1)
+    rows[indices] = np.arange(len(indices)) + offset
+    found = rows[triples]
+    return found[(found >= 0).all(1)]
 
 
 def _joined(corpora: list[Corpus], name: str) -> str:

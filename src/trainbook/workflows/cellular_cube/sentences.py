@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class Corpus:
         groups: (N,) int64; sentences of a group are never on two sides of a split.
         source, licence: where they come from.
         synthetic: False for what people wrote, None where nobody told.
+        triples: (R, 3) indices of a whole sentence and of the halves it was split into.
     """
 
     sentences: list[str]
@@ -61,6 +62,7 @@ class Corpus:
     source: str
     licence: str
     synthetic: bool | None
+    triples: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
 
 
 def read_corpora(config: Config, data_folder: Path) -> list[Corpus]:
@@ -178,18 +180,16 @@ def clinc150(paths: Sequence[Path]) -> Corpus:
 
 def wikisplit(paths: Sequence[Path]) -> Corpus:
     """Sentences of Wikipedia and the two that each was split into; the label is which; the three share a group."""
-    texts, labels, rows = [], [], []
-    for row, parts in enumerate(wikisplit_triples(paths)):
-        texts += parts
-        labels += range(3)
-        rows += [row] * 3
-    kept, kept_labels, kept_rows = _without_repeats(texts, labels, rows)
+    rows = wikisplit_triples(paths)
+    texts = [text for row in rows for text in row]
+    kept, labels, row_of = _without_repeats(texts, [*range(3)] * len(rows), np.arange(len(rows)).repeat(3).tolist())
+    index = {normalised(text): place for place, text in enumerate(kept)}
+    triples = np.array([[index[normalised(text)] for text in row] for row in rows], dtype=np.int64)
     # A half that two rows share ties both rows together.
-    first: dict[str, int] = {}
-    ties = [(first.setdefault(normalised(text), row), row) for text, row in zip(texts, rows, strict=True)]
-    groups = _components(ties, rows[-1] + 1)[kept_rows]
+    ties = [(int(row_of[place]), row) for row, places in enumerate(triples) for place in places]
+    groups = _components(ties, len(rows))[row_of]
     source = "WikiSplit (Botha et al. 2018), tune, validation and test, github.com/google-research-datasets/wiki-split"
-    return Corpus(kept, kept_labels, WIKISPLIT_PARTS, groups, source, "CC BY-SA 4.0", synthetic=False)
+    return Corpus(kept, labels, WIKISPLIT_PARTS, groups, source, "CC BY-SA 4.0", synthetic=False, triples=triples)
 
 
 def wikisplit_triples(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
