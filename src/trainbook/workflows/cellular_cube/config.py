@@ -39,7 +39,7 @@ class Config(OptimizationConfig):
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {
-            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "channels": 32, "hidden_width": 96,
+            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "hidden_width": 96,
             "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
         },
     }  # fmt: skip
@@ -83,10 +83,10 @@ class Config(OptimizationConfig):
     """Width of what that attention sums."""
     ode_steps: int = Field(default=2, ge=1, le=16)
     """Midpoint steps of the distant expert's differential equation."""
-    radius: float = Field(default=0.44, gt=0, le=1)
-    """Reach of a cell's neighbourhood as a share of the side; cut into bands at 10 % and 65 % of the neighbours."""
-    band_shape: Literal["euclidean", "cubic"] = "euclidean"
-    """Neighbourhoods as balls, by matrix products or a Fourier transform; or as cubes, by sums along the axes."""
+    radius: float = Field(default=0.9, gt=0, le=1)
+    """Reach of a cell's neighbourhood as a share of the side, at least 3 cells; cut at 10 % and 65 % of the neighbours."""
+    band_shape: Literal["cubic", "euclidean"] = "cubic"
+    """Neighbourhoods as cubes, summed along the axes; or as balls, by a Fourier transform, several times slower."""
     band_pooling: Literal[1, 2, 4] = 1
     """Bands of a grid coarser by this factor: an eighth of the work for 2."""
     num_steps: int = Field(default=0, ge=0, le=256)
@@ -113,9 +113,10 @@ class Config(OptimizationConfig):
     transformer: Literal["linear", "hierarchical", "attention", "autoencoder"] = "linear"
     """From vector to code: linear from PCA; a residual network; cross-attention over pieces; or a pretrained encoder."""
     universal_width: int = Field(default=0, ge=0, le=4096)
-    """Numbers of a code between vector and face that suits every size of cube; 0: none."""
-    train_scope: Literal["all", "experts"] = "all"
-    """What is trained: all, or only the experts, transformer and decoder staying at PCA (the brief's literal rule)."""
+    """Size of a code that lies as so many cosines on the face of a cube of any side; 0: one number per cell and channel."""
+    train_scope: Literal["all", "experts", "experts_pca"] = "all"
+    """What is trained: all; or the experts and the gate alone, beside a PCA transformer and a read-out that looks beyond its
+    components, or at these alone (the brief's literal rule, which cannot improve on PCA)."""
     core: str = ""
     """Start the cube's rule from another run's: a run, its export folder or core.safetensors; any size of cube."""
 
@@ -162,8 +163,10 @@ class Config(OptimizationConfig):
     """With domains = two: grow freezes the experts after the first domain and adds new ones that start at zero."""
     damage_share: float = Field(default=0.0, ge=0, le=0.9)
     """Share of cells set to zero at a random step while training."""
-    pool_size: int = Field(default=0, ge=0)
-    """Vectors in a pool whose worst reconstructed are trained on again, in place of a quarter of each batch; 0: no pool."""
+    pool_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that start from where a first pass over the batch ended, so that the answer has to last."""
+    any_time: bool = False
+    """Train on the answer after a random number of steps, from side - 1 to num_steps."""
 
     local_rate: float = Field(default=1.0, ge=0, le=100)
     """Learning rate of the local expert, as a factor; 0 freezes it."""
@@ -206,8 +209,12 @@ class Config(OptimizationConfig):
             raise ValueError(f"num_steps must be 0 or at least side - 1 = {self.side - 1}: fewer do not reach the back face")
         if self.side % self.band_pooling and self.band_pooling > 1 and self.side < 2 * self.band_pooling:
             raise ValueError("band_pooling is too coarse for this side")
+        if self.universal_width and (self.numbers_per_cell > 1 or self.universal_width > self.side**2):
+            raise ValueError("universal_width must not be larger than side^2, and goes with numbers_per_cell = 1")
         if self.levels > 1 and self.side < 2 ** (self.levels + 1):
             raise ValueError(f"levels = {self.levels} needs a side of at least {2 ** (self.levels + 1)}")
+        if self.wall_hole and (self.band_shape != "cubic" or self.band_pooling > 1 or self.levels > 1):
+            raise ValueError("wall_hole needs cubic bands without pooling and levels = 1: other sums would look through the wall")
         if self.wall_hole > self.side**2:
             raise ValueError("wall_hole must not be larger than side^2")
         if self.domains == "two" and not self.fine_tune_epochs:
@@ -215,14 +222,18 @@ class Config(OptimizationConfig):
         two_domains = self.replay_share or self.elastic_weight or self.expert_columns == "grow"
         if two_domains and self.domains == "one":
             raise ValueError("replay_share, elastic_weight and expert_columns = grow need domains = two")
-        if self.pool_size and self.pool_size < self.batch_size:
-            raise ValueError("pool_size must not be smaller than batch_size")
+        if self.any_time and self.num_steps < self.side:
+            raise ValueError("any_time needs num_steps above side - 1: there is nothing to choose from")
         return self
 
     @property
     def code_size(self) -> int:
-        """Numbers of the code, cube_embedding_dim of the brief: side^2 numbers_per_cell."""
-        return self.side**2 * self.numbers_per_cell
+        """Numbers of the code, cube_embedding_dim of the brief: side^2 numbers_per_cell, or universal_width."""
+        return self.universal_width or self.side**2 * self.numbers_per_cell
+
+    def reach(self, side: int) -> float:
+        """Reach of a neighbourhood in a cube of this side, in cells; the three bands need at least 3."""
+        return max(self.radius * side, 3.0)
 
     @property
     def steps(self) -> int:
