@@ -87,7 +87,9 @@ class FunctionalExpert(nn.Module):
         """(B, L, L, L, V), the attention's result for every cell; 0 for a cell without neighbours in the band."""
         keyed = found.keys.unsqueeze(-1) * functional.pad(found.values, (0, 1), value=1.0).unsqueeze(-2)
         (sums,) = bands.sums(keyed.flatten(-2), ("functional",))
-        sums = (found.queries.unsqueeze(-1) * sums.unflatten(-1, keyed.shape[-2:])).sum(-2)  # a product of tiny matrices is slower
+        sums = (found.queries.unsqueeze(-1) * sums.unflatten(-1, keyed.shape[-2:])).sum(
+            -2
+        )  # a product of tiny matrices is slower
         return sums[..., :-1] / sums[..., -1:].clamp(min=1e-3)
 
     def forward(self, x: Tensor, hardware: Tensor, bands: nn.Module) -> Tensor:
