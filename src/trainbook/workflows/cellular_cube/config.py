@@ -117,6 +117,8 @@ class Config(OptimizationConfig):
     train_scope: Literal["all", "experts", "experts_pca"] = "all"
     """What is trained: all; or the experts and the gate alone, beside a PCA transformer and a read-out that looks beyond its
     components, or at these alone (the brief's literal rule, which cannot improve on PCA)."""
+    readout: Literal["ridge", "gradient"] = "ridge"
+    """The linear map from the back face: fitted in closed form before and after the main phase, and trained; or trained only."""
     core: str = ""
     """Start the cube's rule from another run's: a run, its export folder or core.safetensors; any size of cube."""
 

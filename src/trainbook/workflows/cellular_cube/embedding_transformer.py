@@ -12,6 +12,7 @@ from trainbook.workflows.cellular_cube.principal import Principal
 STAGES = (512, 1024)  # of the hierarchical transformer, from the brief
 CHUNKS, CHUNK_WIDTH = 12, 48  # of the attention transformer: pieces of the vector, and their width inside
 AUTOENCODER_WIDTH = 512
+START_LOG_VARIANCE = -4.0  # of the bottleneck's noise
 
 
 class EmbeddingTransformer(nn.Module):
@@ -28,28 +29,25 @@ class EmbeddingTransformer(nn.Module):
     def __init__(self, config: Config, principal: Principal) -> None:
         super().__init__()
         size, width = config.code_size, len(principal.mean)
-        kept = principal.components[:size]
         self.kind = config.transformer
         self.linear = nn.Linear(width, size)
-        gain = principal.variances[:size].sum().div(size).clamp(min=1e-12).sqrt()
-        with torch.no_grad():
-            self.linear.weight.zero_()[: len(kept)] = kept / gain
-            self.linear.bias.zero_()
-        self.register_buffer("gain", gain)
-        if self.kind == "hierarchical":
-            self.residual: nn.Module | None = Hierarchical(width, size)
-        elif self.kind == "attention":
-            self.residual = ChunkAttention(width, size)
-        elif self.kind == "autoencoder":
-            self.residual = nn.Sequential(
-                nn.Linear(width, AUTOENCODER_WIDTH), nn.GELU(), _zero(nn.Linear(AUTOENCODER_WIDTH, size))
-            )
-        else:
-            self.residual = None
-        self.log_variance = None
-        if config.bottleneck_weight:
-            self.log_variance = _zero(nn.Linear(width, size))
-            nn.init.constant_(self.log_variance.bias, -4.0)
+        self.register_buffer("gain", principal.variances[:size].sum().div(size).clamp(min=1e-12).sqrt())
+        kinds = {"hierarchical": Hierarchical, "attention": ChunkAttention, "autoencoder": TwoLayers}
+        self.residual = kinds[self.kind](width, size) if self.kind in kinds else None
+        self.log_variance = nn.Linear(width, size) if config.bottleneck_weight else None
+        self.start_at_principal(principal)
+
+    @torch.no_grad()
+    def start_at_principal(self, principal: Principal) -> None:
+        """Make the code the first K components exactly, in units of their root mean square; numbers beyond D are 0."""
+        kept = principal.components[: self.linear.out_features].to(self.linear.weight)
+        self.linear.weight.zero_()[: len(kept)] = kept / self.gain
+        self.linear.bias.zero_()
+        if self.residual is not None:
+            self.residual.start_at_zero()
+        if self.log_variance is not None:
+            nn.init.zeros_(self.log_variance.weight)
+            nn.init.constant_(self.log_variance.bias, START_LOG_VARIANCE)
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and their information cost.
@@ -81,7 +79,12 @@ class Hierarchical(nn.Module):
         self.first, self.first_norm = nn.Linear(width, first), nn.LayerNorm(first)
         self.second, self.second_skip = nn.Linear(first, second), nn.Linear(width, second, bias=False)
         self.second_norm = nn.LayerNorm(second)
-        self.third, self.third_skip = _zero(nn.Linear(second, size)), _zero(nn.Linear(width, size, bias=False))
+        self.third, self.third_skip = nn.Linear(second, size), nn.Linear(width, size, bias=False)
+
+    def start_at_zero(self) -> None:
+        """r = 0."""
+        for parameter in (*self.third.parameters(), self.third_skip.weight):
+            nn.init.zeros_(parameter)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, D) to (B, K)"""
@@ -102,6 +105,10 @@ class ChunkAttention(nn.Module):
         self.queries = nn.Parameter(torch.randn(size, CHUNK_WIDTH))
         self.outward = nn.Parameter(torch.zeros(size, CHUNK_WIDTH))
 
+    def start_at_zero(self) -> None:
+        """r = 0."""
+        nn.init.zeros_(self.outward)
+
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, D) to (B, K)"""
         pieces = functional.pad(vectors, (0, CHUNKS * self.piece - vectors.shape[1])).view(len(vectors), CHUNKS, self.piece)
@@ -110,8 +117,18 @@ class ChunkAttention(nn.Module):
         return (self.outward * (weights @ self.values(hidden))).sum(-1)
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+class TwoLayers(nn.Module):
+    """r = W2 gelu(W1 e), W2 from 0."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(width, AUTOENCODER_WIDTH), nn.Linear(AUTOENCODER_WIDTH, size)
+
+    def start_at_zero(self) -> None:
+        """r = 0."""
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, D) to (B, K)"""
+        return self.outward(functional.gelu(self.inward(vectors)))

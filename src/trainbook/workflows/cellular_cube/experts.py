@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NAMES = ("local", "functional", "distant")
+PLACE_DEVIATION = 4.0
 NORM_EPSILON = 0.1  # of a mean square; without it a cell with one number in use would keep only that number's sign
 
 
@@ -28,7 +29,7 @@ class BatchNorm(nn.BatchNorm1d):
 class LocalExpert(nn.Module):
     """Reflex: y = W2 [gelu(W1 f + U h) * (1 + G h)] with f = [x, three differences, mean of 3 x 3 x 3 cells].
 
-    The hardware h shifts and scales the hidden units, so that cells with one rule can do different things. W2 starts at 0.
+    The hardware h shifts and scales the hidden units, so that cells with one rule can do different things.
     """
 
     def __init__(self, channels: int, hardware: int, hidden: int) -> None:
@@ -59,7 +60,7 @@ class FunctionalExpert(nn.Module):
 
     With phi = elu + 1: u_i = phi(q_i)^T S_i / phi(q_i)^T z_i, S_i = sum_{j in F(i)} phi(k_j) v_j^T, z_i = sum_j phi(k_j), which is
     exact attention over the band from r (V + 1) band sums; y_i = g * (GRU(u_i, x_i) - x_i). Queries, keys and values depend on
-    the state and on the hardware; g starts at 0.
+    the state and on the hardware.
 
     Source: Katharopoulos et al. (2020), Transformers are RNNs, equations 4 to 7.
     """
@@ -68,19 +69,21 @@ class FunctionalExpert(nn.Module):
         super().__init__()
         self.rank, self.width = rank, width
         self.state = nn.Linear(channels, 2 * rank + width, bias=False)
-        self.place = nn.Linear(hardware, 2 * rank + width, bias=False)
+        self.place = nn.Linear(hardware, 2 * rank + 2 * width)
         nn.init.normal_(self.state.weight, std=0.25)
-        nn.init.normal_(self.place.weight, std=2.0 / max(hardware, 1) ** 0.5)
+        nn.init.normal_(self.place.weight, std=PLACE_DEVIATION / max(hardware, 1) ** 0.5)
+        nn.init.constant_(self.place.bias, float(hardware == 0))
         self.recurrent_input = nn.Linear(width, 3 * channels)
         self.recurrent_state = nn.Linear(channels, 3 * channels)
         nn.init.normal_(self.recurrent_input.weight, std=1.0 / width**0.5)
-        self.gain = nn.Parameter(torch.zeros(channels))
+        self.gain = nn.Parameter(torch.ones(channels))
 
     def attention(self, x: Tensor, hardware: Tensor) -> Attention:
         """Queries and keys after phi, and values, whose hardware also scales them."""
-        state, place = (layer.split((2 * self.rank, self.width), -1) for layer in (self.state(x), self.place(hardware)))
-        values = state[1] * (1 + place[1])
-        queries, keys = (functional.elu(state[0] + place[0]) + 1).split(self.rank, -1)
+        state = self.state(x)
+        place = self.place(hardware)
+        values = state[..., 2 * self.rank :] * place[..., 2 * self.rank : -self.width]
+        queries, keys = (functional.elu(state[..., : 2 * self.rank] + place[..., : 2 * self.rank]) + 1).split(self.rank, -1)
         return Attention(queries, keys, values)
 
     def messages(self, found: Attention, bands: nn.Module) -> Tensor:
@@ -95,7 +98,7 @@ class FunctionalExpert(nn.Module):
     def forward(self, x: Tensor, hardware: Tensor, bands: nn.Module) -> Tensor:
         """x (B, L, L, L, C), hardware (L, L, L, P)."""
         message = self.messages(self.attention(x, hardware), bands)
-        message = message * bands.counts[..., 1:2].sqrt()
+        message = message * self.place(hardware)[..., -self.width :] * bands.counts[..., 1:2].sqrt()
         reset_m, update_m, new_m = self.recurrent_input(message).chunk(3, -1)
         reset_x, update_x, new_x = self.recurrent_state(x).chunk(3, -1)
         update = torch.sigmoid(update_m + update_x)
@@ -106,7 +109,7 @@ class FunctionalExpert(nn.Module):
 class DistantExpert(nn.Module):
     """Context as a differential equation: dx/dt = W2 tanh(W1 x + U m + b t + c) - lambda x on t in [0, 1], by midpoint steps.
 
-    m is the mean of the distant band; y = g * (x(1) - x(0)); g starts at 0.
+    m is the mean of the distant band; y = g * (x(1) - x(0)).
 
     Source: Chen et al. (2018), Neural Ordinary Differential Equations, sections 2 and 4.
     """
@@ -120,7 +123,7 @@ class DistantExpert(nn.Module):
         self.time = nn.Parameter(torch.zeros(hidden))
         self.outward = nn.Linear(hidden, channels, bias=False)
         self.decay = nn.Parameter(torch.full((), 0.1))
-        self.gain = nn.Parameter(torch.zeros(channels))
+        self.gain = nn.Parameter(torch.ones(channels))
 
     def drift(self, x: Tensor, context: Tensor, time: float) -> Tensor:
         """dx/dt; `context` (B, L, L, L, hidden) is what does not change with t."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainbook.losses import widened
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.experts import NAMES
 from trainbook.workflows.cellular_cube.network import CellularCube, Output
@@ -130,10 +131,10 @@ def output_loss(config: Config, pair: Pair, labels: Tensor, progress: float) -> 
     return total, parts
 
 
-def pair_of(model: CellularCube, vectors: Tensor, output: Tensor) -> Pair:
-    """Target vectors and standardised outputs, both in both units, in float32 or wider."""
-    output = output.float() if output.dtype.itemsize < 4 else output
-    return Pair(vectors, model.restored(output), model.standardised(vectors), output)
+def pair_of(network: CellularCube, target: Tensor, output: Tensor) -> Pair:
+    """Standardised targets and outputs in both units, in float32 or wider."""
+    output = widened(output)
+    return Pair(network.restored(target), network.restored(output), target, output)
 
 
 def cube_loss(config: Config, model: nn.Module, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:

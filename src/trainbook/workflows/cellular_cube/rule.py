@@ -68,11 +68,15 @@ class Column(nn.Module):
         self.functional = FunctionalExpert(channels, hardware, config.attention_rank, config.value_width)
         self.distant = DistantExpert(channels, hardware, channels, config.ode_steps)
         self.gate = Gate(channels, hardware, channels, len(NAMES), config.gate_temperature)
-        with torch.no_grad():
-            self.local.outward.bias.zero_()
-            self.local.outward.weight[: config.numbers_per_cell] = 0
-            for expert in (self.functional, self.distant):
-                expert.gain[config.numbers_per_cell :] = 1
+        self.numbers = config.numbers_per_cell
+        self.leave_code_alone()
+
+    @torch.no_grad()
+    def leave_code_alone(self, silent: bool = False) -> None:
+        """Let no expert change the channels that carry the code; with `silent` no channel at all."""
+        numbers = None if silent else self.numbers
+        for part in (self.local.outward.weight, self.local.outward.bias, self.functional.gain, self.distant.gain):
+            part[:numbers] = 0
 
     def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """The change of every cell's state, (B, L, L, L, C), and the experts' weights, (B, L, L, L, 3)."""
@@ -104,7 +108,17 @@ class Rule(nn.Module):
         self.columns = nn.ModuleList(Column(config) for _ in range(2 if config.expert_columns == "grow" else 1))
         self.level_gains = nn.Parameter(torch.zeros(max(config.levels - 1, 0), config.channels))
         self.register_buffer("grown", torch.zeros(()))
+        self.numbers = config.numbers_per_cell
+        for column in self.columns[1:]:
+            column.leave_code_alone(silent=True)
         self.masked = False
+
+    def leave_code_alone(self) -> None:
+        """Let no expert change the channels that carry the code, so that it arrives as it was written."""
+        for column in self.columns:
+            column.leave_code_alone()
+        with torch.no_grad():
+            self.level_gains[:, : self.numbers] = 0
 
     def grow(self) -> None:
         """Let the second column take part."""
