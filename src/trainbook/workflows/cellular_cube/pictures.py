@@ -27,7 +27,7 @@ from trainbook.workflows.cellular_cube.training import reconstruct
 
 NUM_EXAMPLES = 8
 BARS = ("fvu", "cosine", "centred_cosine", "rsa", "retrieved_label_match", "label_accuracy")
-LESION_NUMBERS = 10**6  # of states in a pass of the lesion curve, which takes side (side - 1) passes
+LESION_NUMBERS = 10**5  # of states in a pass of the lesion curve, which takes side (side - 1) passes
 MAX_LESION_SIDE = 12  # beyond it only the sensitivity is drawn
 TITLES = {"retrieved": "nearest known sentence of each vector", "written": "sentence written by the decoder for each vector"}
 

@@ -185,7 +185,9 @@ def _fine_tune(
     valid = data.valid["embeddings"]
     if config.domains == "two":
         valid = valid[data.valid["labels"] >= data.num_first_domain]
-    yield from stage.train(state, batches, _loss(config, stage, state.modules.get("elastic")), validation(valid[:VALID_SENTENCES]))
+    yield from stage.train(
+        state, batches, _loss(config, stage, state.modules.get("elastic")), validation(valid[:VALID_SENTENCES])
+    )
 
 
 def _fit_readout(state: TrainState, name: str, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
