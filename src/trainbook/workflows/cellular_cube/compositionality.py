@@ -24,22 +24,26 @@ def composition_r2(train: np.ndarray, test: np.ndarray) -> float:
 def compositionality(
     train: dict[str, np.ndarray], test: dict[str, np.ndarray], seed: int, reference: str = "teacher"
 ) -> dict[str, float]:
-    """R^2 of each one's vectors, as a share of the reference's, and the floor where halves are those of other sentences.
+    """R^2 with which each one's halves foretell the reference's whole, also as a share of what the reference's own halves do.
+
+    The whole is always the reference's: one's own may be easier to foretell because less of the sentence is left in it.
+    The floor gives each whole the halves of another sentence.
 
     Args:
         train, test: who to (N, 3, D) triples of their vectors.
         seed: of the shuffle of halves.
-        reference: whose R^2 the share is of.
+        reference: whose whole is foretold.
 
     Returns:
         "<who>/composition_r2", "<who>/composition_share" and "shuffled_pairs/composition_r2".
     """
-    values = {who: composition_r2(train[who], test[who]) for who in train}
+
+    def joined(whole: np.ndarray, halves: np.ndarray) -> np.ndarray:
+        return np.concatenate([whole[:, :1], halves[:, 1:]], axis=1)
+
+    values = {who: composition_r2(*(joined(part[reference], part[who]) for part in (train, test))) for who in train}
     generator = np.random.default_rng(seed)
-    broken = []
-    for triples in (train[reference], test[reference]):
-        other = generator.permutation(len(triples))
-        broken.append(np.concatenate([triples[:, :1], triples[other, 1:]], axis=1))
+    broken = [joined(part[reference], generator.permutation(part[reference])) for part in (train, test)]
     return {
         **{f"{who}/composition_r2": value for who, value in values.items()},
         **{f"{who}/composition_share": value / values[reference] for who, value in values.items() if values[reference] > 0},

@@ -31,16 +31,16 @@ class Config(OptimizationConfig):
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "mixed_numbers": 4, "hidden_width": 8, "attention_rank": 2,
-            "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "warm_up_epochs": 1, "fine_tune_epochs": 1,
+            "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "mixed_numbers": 4, "hidden_width": 8,
+            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "warm_up_epochs": 1, "fine_tune_epochs": 1,
             "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
         "laptop": {},
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {
-            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "mixed_numbers": 0, "hidden_width": 96,
-            "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
+            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "mixed_numbers": 0,
+            "hidden_width": 96, "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
         },
     }  # fmt: skip
 

@@ -51,7 +51,8 @@ class Cube(nn.Module):
     """L^3 cells with C numbers each. In a step the first channels move one layer back, then every cell follows the rule.
 
     What the experts add to a number therefore travels on with it. Numbers that no expert changes arrive at the back face after
-    L - 1 steps as they were written into the front face; the back face adds up what arrives. States are channels-last: (B, z, y, x, C).
+    L - 1 steps as they were written into the front face; the back face adds up what
+    arrives. States are channels-last: (B, z, y, x, C).
 
     Args:
         config: of the run.

@@ -77,21 +77,23 @@ def draw_gate(weights: Tensor) -> Figure:
     return figure
 
 
-def draw_flow(sensitivity: Tensor, lesions: Tensor, path: Tensor) -> Figure:
+def draw_flow(sensitivity: Tensor, lesions: Tensor | None, path: Tensor) -> Figure:
     """Where the signal is: sensitivity of the output to each plane, cost of a lesion there, and the most sensitive cells.
 
     Args:
         sensitivity: (T + 1, L, L, L), from `flow.cell_sensitivity`.
-        lesions: (T, L), from `flow.lesion_curve`.
+        lesions: (T, L), from `flow.lesion_curve`; None leaves it out.
         path: (L, 3), from `flow.saliency_path`.
     """
     by_plane = sensitivity.sum((2, 3)).cpu().float().numpy()
     figure, axes = new_figure(3, width=4.2, height=3.2)
     logarithm = np.log10(np.maximum(by_plane, by_plane.max() * 1e-6))
     heatmap(axes[0, 0], logarithm, "sensitivity of the output", "plane, 0 is the front", "step", "log10 |d output / d state|²")
-    heatmap(
-        axes[0, 1], lesions.cpu().float().numpy(), "lesion: plane set to zero", "plane, 0 is the front", "after step", "added FVU"
-    )
+    if lesions is None:
+        axes[0, 1].set_axis_off()
+    else:
+        values = lesions.cpu().float().numpy()
+        heatmap(axes[0, 1], values, "lesion: plane set to zero", "plane, 0 is the front", "after step", "added FVU")
     _, rows, columns = path.cpu().numpy().T
     side = sensitivity.shape[-1]
     place = axes[0, 2].scatter(columns, rows, c=np.arange(len(path)), cmap="viridis", s=60, zorder=3)

@@ -173,7 +173,8 @@ class PhraseJudge:
             prefix: before each measure's name, such as "retrieved_".
 
         Returns:
-            "<who>/<prefix><measure>"; for all but floors and ceiling also "..._share" with "_low" and "_high".
+            "<who>/<prefix><measure>"; for all but floors and ceiling also "..._share" with "_low" and "_high", where the
+            ceiling is above the floor.
         """
         scores = {who: self.scores(texts) for who, texts in decoded.items()}
         found = {}
@@ -184,8 +185,9 @@ class PhraseJudge:
             floor = max((scores[who][name] for who in floors), key=lambda values: values.mean())
             for who in decoded.keys() - {ceiling, *floors}:
                 share, low, high = share_of_the_way(scores[who][name], floor, scores[ceiling][name], seed)
-                key = f"{who}/{prefix}{name}_share"
-                found |= {key: share, key + LOW: low, key + HIGH: high}
+                if not math.isnan(share):
+                    key = f"{who}/{prefix}{name}_share"
+                    found |= {key: share, key + LOW: low, key + HIGH: high}
         return found
 
 
@@ -197,16 +199,16 @@ def share_of_the_way(values: np.ndarray, floor: np.ndarray, ceiling: np.ndarray,
         seed: of the resampling.
 
     Returns:
-        Share, low and high; NaN where the ceiling is not above the floor.
+        Share, low and high; NaN where the ceiling is not above the floor by more than chance.
 
     Source: Efron (1979), Bootstrap methods; the percentile interval.
     """
     counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), NUM_RESAMPLES)
     columns = np.stack([values - floor, ceiling - floor], 1)
     above = columns.mean(0)
-    if above[1] <= 0:
-        return math.nan, math.nan, math.nan
     resampled = counts @ columns
+    if np.quantile(resampled[:, 1], 0.025) <= 0:
+        return math.nan, math.nan, math.nan
     resampled = resampled[resampled[:, 1] > 0]
     low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [0.025, 0.975])
     return float(above[0] / above[1]), float(low), float(high)

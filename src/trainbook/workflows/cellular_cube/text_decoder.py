@@ -13,6 +13,7 @@ PAD, BEGIN, END = 0, 1, 2
 MAX_VOCABULARY, LEAST_VOCABULARY = 8000, 512
 SENTENCES_PER_TOKEN = 2  # of the vocabulary: few sentences cannot teach many tokens
 MAX_TOKENS = 48
+DROPOUT = 0.3
 
 
 class Vocabulary:
@@ -54,7 +55,9 @@ class Vocabulary:
 class TextDecoder(nn.Module):
     """A recurrent network that writes a sentence for a vector.
 
-    h_0 = tanh(U v), h_t = GRU(E x_(t-1) + W v, h_(t-1)), p(x_t) = softmax(E h_t + b).
+    h_0 = tanh(U v), h_t = GRU(sqrt(H) E x_(t-1) + W v, h_(t-1)), p(x_t) = softmax(E h_t + b).
+
+    The root of H, as in a transformer with tied embeddings, keeps the last token as loud as the vector beside it.
 
     Args:
         width: D.
@@ -69,12 +72,13 @@ class TextDecoder(nn.Module):
         self.start, self.guide = nn.Linear(width, units), nn.Linear(width, units, bias=False)
         self.recurrent = nn.GRU(units, units, batch_first=True)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, vectors: Tensor, tokens: Tensor) -> Tensor:
         """Scores of the next token at each place, given those before it: (B, D), (B, L) -> (B, L, V)."""
         state = torch.tanh(self.start(vectors)).unsqueeze(0)
-        read = self.tokens(tokens) + self.guide(vectors).unsqueeze(1)
-        return self._scores(self.recurrent(read, state)[0])
+        output, _ = self._step(tokens, self.guide(vectors).unsqueeze(1), state)
+        return self._scores(output)
 
     @torch.no_grad()
     def write(self, vectors: Tensor) -> Tensor:
@@ -85,11 +89,16 @@ class TextDecoder(nn.Module):
         is_done = torch.zeros_like(token, dtype=torch.bool)
         written = []
         while len(written) < MAX_TOKENS and not bool(is_done.all()):
-            output, state = self.recurrent(self.tokens(token) + guide, state)
+            output, state = self._step(token, guide, state)
             token = self._scores(output).argmax(-1).masked_fill(is_done, END)
             is_done = is_done | (token == END)
             written.append(token)
         return torch.cat(written, 1)
+
+    def _step(self, tokens: Tensor, guide: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        read = self.tokens(tokens) * self.tokens.embedding_dim**0.5 + guide
+        output, state = self.recurrent(self.dropout(read), state)
+        return self.dropout(output), state
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return functional.linear(hidden, self.tokens.weight, self.bias)
