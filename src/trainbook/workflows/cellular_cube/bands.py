@@ -151,12 +151,13 @@ class PooledBands(nn.Module):
     def __init__(self, side: int, reach: float, shape: str, factor: int) -> None:
         super().__init__()
         self.side, self.factor, self.coarse = side, factor, -(-side // factor)
-        self.bands = Bands(self.coarse, reach / factor, shape)
+        self.bands = Bands(self.coarse, max(reach / factor, 3.0), shape)
         self.split = self.bands.split
         member = torch.arange(side) // factor
         pooling = (torch.arange(self.coarse)[:, None] == member).float()
         self.register_buffer("pooling", pooling / pooling.sum(1, keepdim=True), persistent=False)
         self.register_buffer("member", member, persistent=False)
+        self.register_buffer("counts", self._spread(self.bands.counts), persistent=False)
 
     def _pooled(self, x: Tensor) -> Tensor:
         return along_axes(x, self.pooling)

@@ -32,15 +32,16 @@ class Config(OptimizationConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "mixed_numbers": 4, "hidden_width": 8,
-            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "warm_up_epochs": 1, "fine_tune_epochs": 1,
-            "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
+            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "fine_tune_epochs": 1, "batch_size": 16,
+            "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
         "laptop": {},
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {
-            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "mixed_numbers": 0,
-            "hidden_width": 96, "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
+            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2,
+            "channels": 32, "mixed_numbers": 0, "hidden_width": 96, "band_pooling": 2, "gradient_checkpointing": True,
+            "precision": "mixed", "num_epochs": 50,
         },
     }  # fmt: skip
 
@@ -71,8 +72,8 @@ class Config(OptimizationConfig):
     """Numbers that each cell of the front face is given: the code has side^2 times so many."""
     channels: int = Field(default=16, ge=2, le=256)
     """State numbers per cell, C."""
-    hardware_numbers: int = Field(default=8, ge=0, le=128)
-    """Learned numbers per cell that never change during a pass, P: the positional code; 0 leaves cells without a place."""
+    hardware_numbers: int = Field(default=8, ge=1, le=128)
+    """Learned numbers per cell that never change during a pass, P: the positional code."""
     hardware: Literal["learned", "coordinates"] = "learned"
     """The positional code: a table with a row per cell, or a network of the cell's coordinates that suits every size."""
     hidden_width: int = Field(default=48, ge=4, le=1024)

@@ -79,25 +79,32 @@ class Cube(nn.Module):
                 anything, is the state from there on.
         """
         config, training = self.config, self.training
-        x = code.new_zeros(len(code), self.side, self.side, self.side, config.channels)
-        x = self._written(x, code)
         hardware = self.level_hardware()
-        damaged = int(torch.randint(self.num_steps, ())) if training and config.damage_share else -1
-        tally = Tally(x.new_zeros(3), x.new_zeros(()), x.new_zeros(()))
+        num_steps = self.num_steps
+        if training and config.any_time:
+            num_steps = int(torch.randint(self.side - 1, self.num_steps + 1, ()))
+        x = code.new_zeros(len(code), self.side, self.side, self.side, config.channels)
+        if training and config.pool_share and float(torch.rand(())) < config.pool_share:
+            with torch.no_grad():  # as a pool does: a state that an earlier pass left, through which no gradient flows
+                x = self._run(self._written(x, code), _nothing(x), code, hardware, 0, self.num_steps, -1)[0]
+        else:
+            x = self._written(x, code)
+        damaged = int(torch.randint(num_steps, ())) if training and config.damage_share else -1
+        tally = _nothing(x)
         sleep = _Sleep(self, x) if config.sleep_threshold and not training else None
         if watch is not None:
             x = _changed(x, watch(0, x, None))
-        segment = config.checkpoint_steps or math.ceil(math.sqrt(self.num_steps))
+        segment = config.checkpoint_steps or math.ceil(math.sqrt(num_steps))
         if training and config.gradient_checkpointing and watch is None and torch.is_grad_enabled():
-            for first in range(0, self.num_steps, segment):
-                last = min(first + segment, self.num_steps)
+            for first in range(0, num_steps, segment):
+                last = min(first + segment, num_steps)
                 x, tally = checkpoint(self._run, x, tally, code, hardware, first, last, damaged, use_reentrant=False)
         else:
-            for step in range(self.num_steps):
+            for step in range(num_steps):
                 x, tally, weights = self._step(x, tally, code, hardware, step == damaged, sleep)
                 if watch is not None:
                     x = _changed(x, watch(step + 1, x, weights))
-        cells = self.num_steps * x[..., 0].numel()
+        cells = num_steps * x[..., 0].numel()
         share = sleep.active / sleep.total if sleep else 1.0
         return Pass(x[:, -1], tally.weights / cells, tally.entropy / cells, tally.magnitude / cells, share)
 
@@ -120,6 +127,8 @@ class Cube(nn.Module):
         x = self._transported(x)
         if config.write == "clamp":
             x = self._written(x, code)
+        if geometry.has_wall:  # before anything looks at it
+            x = x * geometry.alive
         if damage:
             x = x * (torch.rand(x.shape[:-1], device=x.device) >= config.damage_share).unsqueeze(-1)
         change, weights = self.rule(x, hardware[0], geometry)
@@ -146,6 +155,10 @@ class Cube(nn.Module):
         arrived = moving[:, -2:-1] if self.config.write == "clamp" else moving[:, -2:-1] + moving[:, -1:]
         moved = torch.cat([torch.zeros_like(moving[:, :1]), moving[:, :-2], arrived], 1)
         return torch.cat([moved, resting], -1)
+
+
+def _nothing(x: Tensor) -> Tally:
+    return Tally(x.new_zeros(3), x.new_zeros(()), x.new_zeros(()))
 
 
 def _changed(x: Tensor, other: Tensor | None) -> Tensor:

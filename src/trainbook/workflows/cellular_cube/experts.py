@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NAMES = ("local", "functional", "distant")
-PLACE_DEVIATION = 4.0
+PLACE_DEVIATION = 4.0  # of what a cell's place adds to its queries and keys at first: neighbourhoods are told apart
+START_GAIN = 0.3  # of experts whose answer is scaled; a cube is a deep network, whose layers should change little at first
 NORM_EPSILON = 0.1  # of a mean square; without it a cell with one number in use would keep only that number's sign
 
 
@@ -38,7 +39,7 @@ class LocalExpert(nn.Module):
         self.place = nn.Linear(hardware, 2 * hidden, bias=False)
         self.outward = nn.Linear(hidden, channels)
         nn.init.normal_(self.inward.weight, std=0.25 * (16 / channels) ** 0.5)
-        nn.init.normal_(self.place.weight, std=0.5 / max(hardware, 1) ** 0.5)
+        nn.init.normal_(self.place.weight, std=0.5 / hardware**0.5)
         nn.init.normal_(self.outward.weight, std=0.5 / hidden**0.5)
 
     def forward(self, perceived: Tensor, hardware: Tensor) -> Tensor:
@@ -71,12 +72,13 @@ class FunctionalExpert(nn.Module):
         self.state = nn.Linear(channels, 2 * rank + width, bias=False)
         self.place = nn.Linear(hardware, 2 * rank + 2 * width)
         nn.init.normal_(self.state.weight, std=0.25)
-        nn.init.normal_(self.place.weight, std=PLACE_DEVIATION / max(hardware, 1) ** 0.5)
-        nn.init.constant_(self.place.bias, float(hardware == 0))
+        nn.init.normal_(self.place.weight[: 2 * rank], std=PLACE_DEVIATION / hardware**0.5)
+        nn.init.normal_(self.place.weight[2 * rank :], std=hardware**-0.5)
+        nn.init.zeros_(self.place.bias)
         self.recurrent_input = nn.Linear(width, 3 * channels)
         self.recurrent_state = nn.Linear(channels, 3 * channels)
         nn.init.normal_(self.recurrent_input.weight, std=1.0 / width**0.5)
-        self.gain = nn.Parameter(torch.ones(channels))
+        self.gain = nn.Parameter(torch.full((channels,), START_GAIN))
 
     def attention(self, x: Tensor, hardware: Tensor) -> Attention:
         """Queries and keys after phi, and values, whose hardware also scales them."""
@@ -123,7 +125,7 @@ class DistantExpert(nn.Module):
         self.time = nn.Parameter(torch.zeros(hidden))
         self.outward = nn.Linear(hidden, channels, bias=False)
         self.decay = nn.Parameter(torch.full((), 0.1))
-        self.gain = nn.Parameter(torch.ones(channels))
+        self.gain = nn.Parameter(torch.full((channels,), START_GAIN))
 
     def drift(self, x: Tensor, context: Tensor, time: float) -> Tensor:
         """dx/dt; `context` (B, L, L, L, hidden) is what does not change with t."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainbook.workflows.cellular_cube.network import CellularCube
 
-PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # per sentence, of features in units of their deviation
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per sentence, of features in units of their deviation
 PASS_SIZE = 64  # sentences in a pass
 MAX_FEATURES = 8192
 

@@ -55,7 +55,7 @@ class Preliminary(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, network.readout.out_features))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, D) to (B, D)"""
+        """(B, D) to (B, D)."""
         return self.decoder(self.transformer(vectors)[0])
 
 
