@@ -1,4 +1,4 @@
-"""Neighbour bands: the cells around a cell, cut by distance into near, middle and far, and sums over each for all cells at once."""
+"""Neighbour bands: the cells around a cell, cut by distance into near, middle and far, and sums over each, for all at once."""
 
 # B batch, L side, C channels, R reach in cells
 

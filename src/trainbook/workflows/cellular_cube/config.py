@@ -31,16 +31,16 @@ class Config(OptimizationConfig):
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "hidden_width": 8, "attention_rank": 2,
-            "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "warm_up_epochs": 1, "fine_tune_epochs": 1,
+            "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "mixed_numbers": 4, "hidden_width": 8,
+            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "warm_up_epochs": 1, "fine_tune_epochs": 1,
             "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
         "laptop": {},
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {
-            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "hidden_width": 96,
-            "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
+            **_REAL_TEACHER, "teacher": "distilbert", "max_sentences": 60_000, "side": 37, "radius": 0.2, "channels": 32, "mixed_numbers": 0,
+            "hidden_width": 96, "band_pooling": 2, "gradient_checkpointing": True, "precision": "mixed", "num_epochs": 50,
         },
     }  # fmt: skip
 
@@ -97,6 +97,8 @@ class Config(OptimizationConfig):
     """The code's numbers by rank over the front face, or as coefficients of a two-dimensional cosine transform."""
     expert_norm: Literal["rms", "batch", "none"] = "rms"
     """Normalisation of what each expert sees."""
+    mixed_numbers: int = Field(default=11, ge=0, le=255)
+    """Further numbers per cell on the front face, learned linear mixtures of the code: no more information, another layout."""
     cell_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of cells that skip a step while training."""
     gate_temperature: float = Field(default=1.0, gt=0, le=100)
@@ -205,8 +207,8 @@ class Config(OptimizationConfig):
             raise ValueError("text_file goes with corpus = file, and corpus = file needs text_file")
         if self.held_out_sentences * 2 > self.max_sentences:
             raise ValueError("held_out_sentences must not be more than half of max_sentences")
-        if self.numbers_per_cell > self.channels:
-            raise ValueError("numbers_per_cell must not be larger than channels")
+        if self.numbers_per_cell + self.mixed_numbers > self.channels:
+            raise ValueError("channels must hold numbers_per_cell and mixed_numbers")
         if self.num_steps and self.num_steps < self.side - 1:
             raise ValueError(f"num_steps must be 0 or at least side - 1 = {self.side - 1}: fewer do not reach the back face")
         if self.side % self.band_pooling and self.band_pooling > 1 and self.side < 2 * self.band_pooling:
@@ -232,6 +234,11 @@ class Config(OptimizationConfig):
     def code_size(self) -> int:
         """Numbers of the code, cube_embedding_dim of the brief: side^2 numbers_per_cell, or universal_width."""
         return self.universal_width or self.side**2 * self.numbers_per_cell
+
+    @property
+    def moving_channels(self) -> int:
+        """Channels that move one layer back in every step: what is written into the front face, at least half of all."""
+        return max(self.numbers_per_cell + self.mixed_numbers, self.channels // 2)
 
     def reach(self, side: int) -> float:
         """Reach of a neighbourhood in a cube of this side, in cells; the three bands need at least 3."""

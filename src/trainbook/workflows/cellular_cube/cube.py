@@ -48,10 +48,11 @@ Watcher = Callable[[int, Tensor, Tensor], Tensor | None]  # step, state, expert 
 
 
 class Cube(nn.Module):
-    """L^3 cells with C numbers each; the first half of the channels moves one layer towards the back in every step.
+    """L^3 cells with C numbers each. In a step the first channels move one layer back, then every cell follows the rule.
 
-    With all experts at zero, as they start, the numbers written into the front face arrive at the back face after L - 1 steps
-    as they were; the back face adds up what arrives. States are channels-last: (B, z, y, x, C).
+    What the experts add to a number therefore travels on with it. Numbers that no expert changes arrive at the back face after
+    L - 1 steps as they were written into the front face; the back face adds up what
+    arrives. States are channels-last: (B, z, y, x, C).
 
     Args:
         config: of the run.
@@ -62,7 +63,7 @@ class Cube(nn.Module):
         super().__init__()
         self.config, self.side = config, side or config.side
         self.num_steps = max(config.steps, self.side - 1) if side else config.steps
-        self.moving = max(config.numbers_per_cell, config.channels // 2)
+        self.moving = config.moving_channels
         self.rule = Rule(config)
         coordinates = config.hardware == "coordinates"
         numbers = config.hardware_numbers
@@ -116,6 +117,9 @@ class Cube(nn.Module):
         self, x: Tensor, tally: Tally, code: Tensor, hardware: list[Tensor], damage: bool, sleep: "_Sleep | None"
     ) -> tuple[Tensor, Tally, Tensor]:
         config, geometry = self.config, self.geometries[0]
+        x = self._transported(x)
+        if config.write == "clamp":
+            x = self._written(x, code)
         if damage:
             x = x * (torch.rand(x.shape[:-1], device=x.device) >= config.damage_share).unsqueeze(-1)
         change, weights = self.rule(x, hardware[0], geometry)
@@ -126,9 +130,7 @@ class Cube(nn.Module):
             change = change * (torch.rand(x.shape[:-1], device=x.device) >= config.cell_dropout).unsqueeze(-1)
         if sleep is not None:
             change = sleep.awake(change)
-        x = self._transported(x) + change.to(x.dtype)
-        if config.write == "clamp":
-            x = self._written(x, code)
+        x = x + change.to(x.dtype)
         if geometry.has_wall:
             x = x * geometry.alive
         entropy = torch.special.entr(weights.float()).sum()

@@ -82,12 +82,12 @@ class Hierarchical(nn.Module):
         self.third, self.third_skip = nn.Linear(second, size), nn.Linear(width, size, bias=False)
 
     def start_at_zero(self) -> None:
-        """r = 0."""
+        """R = 0."""
         for parameter in (*self.third.parameters(), self.third_skip.weight):
             nn.init.zeros_(parameter)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, D) to (B, K)"""
+        """(B, D) to (B, K)."""
         first = functional.gelu(self.first_norm(self.first(vectors)))
         second = functional.gelu(self.second_norm(self.second(first) + self.second_skip(vectors)))
         return self.third(second) + self.third_skip(vectors)
@@ -106,11 +106,11 @@ class ChunkAttention(nn.Module):
         self.outward = nn.Parameter(torch.zeros(size, CHUNK_WIDTH))
 
     def start_at_zero(self) -> None:
-        """r = 0."""
+        """R = 0."""
         nn.init.zeros_(self.outward)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, D) to (B, K)"""
+        """(B, D) to (B, K)."""
         pieces = functional.pad(vectors, (0, CHUNKS * self.piece - vectors.shape[1])).view(len(vectors), CHUNKS, self.piece)
         hidden = functional.gelu(self.embed(pieces) + self.place)
         weights = torch.softmax(self.queries @ self.keys(hidden).transpose(1, 2) / CHUNK_WIDTH**0.5, -1)
@@ -125,10 +125,10 @@ class TwoLayers(nn.Module):
         self.inward, self.outward = nn.Linear(width, AUTOENCODER_WIDTH), nn.Linear(AUTOENCODER_WIDTH, size)
 
     def start_at_zero(self) -> None:
-        """r = 0."""
+        """R = 0."""
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, D) to (B, K)"""
+        """(B, D) to (B, K)."""
         return self.outward(functional.gelu(self.inward(vectors)))

@@ -14,7 +14,7 @@ NORM_EPSILON = 0.1  # of a mean square; without it a cell with one number in use
 
 
 def scaled_by_root_mean_square(x: Tensor) -> Tensor:
-    """x / sqrt(mean_c x_c^2 + epsilon), over channels; a weight is left to the layer behind it."""
+    """X / sqrt(mean_c x_c^2 + epsilon), over channels; a weight is left to the layer behind it."""
     return x * (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
@@ -22,7 +22,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over sentences and cells; its running statistics are those of all steps together."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)"""
+        """(..., C) to (..., C)."""
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
@@ -42,7 +42,7 @@ class LocalExpert(nn.Module):
         nn.init.normal_(self.outward.weight, std=0.5 / hidden**0.5)
 
     def forward(self, perceived: Tensor, hardware: Tensor) -> Tensor:
-        """perceived (B, L, L, L, 5C), hardware (L, L, L, P)."""
+        """Perceived (B, L, L, L, 5C), hardware (L, L, L, P)."""
         shift, scale = self.place(hardware).chunk(2, -1)
         return self.outward(functional.gelu(self.inward(perceived) + shift, approximate="tanh") * (1 + scale))
 
@@ -58,8 +58,8 @@ class Attention(NamedTuple):
 class FunctionalExpert(nn.Module):
     """Messages and memory: linear attention over the functional band, then a recurrent cell.
 
-    With phi = elu + 1: u_i = phi(q_i)^T S_i / phi(q_i)^T z_i, S_i = sum_{j in F(i)} phi(k_j) v_j^T, z_i = sum_j phi(k_j), which is
-    exact attention over the band from r (V + 1) band sums; y_i = g * (GRU(u_i, x_i) - x_i). Queries, keys and values depend on
+    With phi = elu + 1: u_i = phi(q_i)^T S_i / phi(q_i)^T z_i, S_i = sum_{j in F(i)} phi(k_j) v_j^T, z_i = sum_j phi(k_j), which
+    is exact attention over the band from r (V + 1) band sums; y_i = g * (GRU(u_i, x_i) - x_i). Queries, keys and values depend on
     the state and on the hardware.
 
     Source: Katharopoulos et al. (2020), Transformers are RNNs, equations 4 to 7.
@@ -96,7 +96,7 @@ class FunctionalExpert(nn.Module):
         return sums[..., :-1] / sums[..., -1:].clamp(min=1e-3)
 
     def forward(self, x: Tensor, hardware: Tensor, bands: nn.Module) -> Tensor:
-        """x (B, L, L, L, C), hardware (L, L, L, P)."""
+        """X (B, L, L, L, C), hardware (L, L, L, P)."""
         message = self.messages(self.attention(x, hardware), bands)
         message = message * self.place(hardware)[..., -self.width :] * bands.counts[..., 1:2].sqrt()
         reset_m, update_m, new_m = self.recurrent_input(message).chunk(3, -1)
@@ -159,7 +159,7 @@ class DistantExpert(nn.Module):
         return self.context(mean) + self.place(hardware)
 
     def forward(self, x: Tensor, mean: Tensor, hardware: Tensor) -> Tensor:
-        """x and the distant band's mean (B, L, L, L, C), hardware (L, L, L, P)."""
+        """X and the distant band's mean (B, L, L, L, C), hardware (L, L, L, P)."""
         return self.gain * (self.flow(x, self.outer(mean, hardware)) - x)
 
 

@@ -16,7 +16,7 @@ def coordinates(side: int) -> Tensor:
 
 
 def fourier_features(points: Tensor, frequencies: int = FREQUENCIES) -> Tensor:
-    """sin and cos of pi 2^k u for every coordinate u and k = 0, 1, ...: (..., 3) to (..., 6 K)."""
+    """Sin and cos of pi 2^k u for every coordinate u and k = 0, 1, ...: (..., 3) to (..., 6 K)."""
     angles = points[..., None] * math.pi * 2.0 ** torch.arange(frequencies, device=points.device)
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
 
@@ -46,5 +46,5 @@ class CoordinateHardware(nn.Module):
             self.network[2].weight.mul_(4)  # so that cells differ as much as those of a table
 
     def forward(self, side: int) -> Tensor:
-        """(L, L, L, P)"""
+        """(L, L, L, P)."""
         return self.network(fourier_features(coordinates(side).to(self.network[0].weight)))

@@ -75,7 +75,7 @@ def diversity(pair: Pair) -> Tensor:
 
 
 def emergence(weights: Tensor, entropy: Tensor) -> Tensor:
-    """log 3 - I(expert; cell), I = H(mean_i w_i) - mean_i H(w_i) in [0, log 3]: 0 when cells divide the experts evenly.
+    """Log 3 - I(expert; cell), I = H(mean_i w_i) - mean_i H(w_i) in [0, log 3]: 0 when cells divide the experts evenly.
 
     Args:
         weights: (3,), mean_i w_i.
@@ -85,7 +85,7 @@ def emergence(weights: Tensor, entropy: Tensor) -> Tensor:
 
 
 def triplet(pair: Pair, labels: Tensor) -> Tensor:
-    """mean over sentences a of max(0, min(margin, gap_T) - gap), gap = cos(a, p) - cos(a, n) of the outputs, gap_T of targets.
+    """Mean over sentences a of max(0, min(margin, gap_T) - gap), gap = cos(a, p) - cos(a, n) of the outputs, gap_T of targets.
 
     p is the sentence of a's label that is farthest for the teacher, n the nearest of another label among those farther than p:
     the teacher's own order is asked for, no more, so that it costs nothing at a perfect reconstruction.

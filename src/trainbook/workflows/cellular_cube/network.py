@@ -32,7 +32,7 @@ class Output(NamedTuple):
 
 
 class CellularCube(nn.Module):
-    """Encode, pass through the cube, read the back face with one linear map of all its channels.
+    """Encode, lay the code and mixtures of it on the front face, pass through the cube, read the back face linearly.
 
     Untrained it is PCA with K components: the transformer's and the read-out's linear maps are the components, the cube carries
     the code unchanged, and its other channels, which the experts fill from the first step, are not read yet.
@@ -56,6 +56,11 @@ class CellularCube(nn.Module):
         self.face = Face(side, config.numbers_per_cell, layout, size)
         self.cube = Cube(config, side if side != config.side else 0)
         cells = config.universal_width or side**2
+        self.mixture = None
+        if config.mixed_numbers:
+            self.mixture = nn.Linear(size, cells * config.mixed_numbers, bias=False)
+            nn.init.normal_(self.mixture.weight, std=size**-0.5)
+            self.mixture_face = Face(side, config.mixed_numbers, layout, cells * config.mixed_numbers)
         self.readout = nn.Linear(cells * config.channels, width)
         self.routers_in = self.routers_out = None
         if config.router_tokens:
@@ -110,6 +115,8 @@ class CellularCube(nn.Module):
     def front(self, code: Tensor) -> Tensor:
         """What is written into the front face, (B, L, L, F), or all channels where there are routers."""
         face = self.face(code)
+        if self.mixture is not None:
+            face = torch.cat([face, self.mixture_face(self.mixture(code))], -1)
         if self.routers_in is None:
             return face
         written = self.routers_in(code).unflatten(1, face.shape[1:3])

@@ -25,7 +25,7 @@ class Principal:
     variances: Tensor
 
     def standardised(self, vectors: Tensor) -> Tensor:
-        """(vector - mean) / scale"""
+        """(vector - mean) / scale."""
         return (vectors - self.mean) / self.scale
 
     def reconstructed(self, vectors: Tensor, size: int) -> Tensor:

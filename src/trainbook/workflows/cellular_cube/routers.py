@@ -29,7 +29,7 @@ class InRouters(nn.Module):
         nn.init.zeros_(self.outward.weight)
 
     def forward(self, code: Tensor) -> Tensor:
-        """(B, K) to (B, S, C)"""
+        """(B, K) to (B, S, C)."""
         pieces = self.embed(functional.pad(code, (0, self.missing)).view(len(code), -1, PIECE)) + self.place
         weights = torch.softmax(self.queries @ self.keys(pieces).transpose(1, 2) / WIDTH**0.5, -1)
         tokens = functional.gelu(weights @ self.values(pieces))
@@ -51,6 +51,6 @@ class OutRouters(nn.Module):
         nn.init.zeros_(self.outward.weight)
 
     def forward(self, back: Tensor) -> Tensor:
-        """(B, S, C) to (B, D)"""
+        """(B, S, C) to (B, D)."""
         tokens = functional.gelu(self.inward(torch.softmax(self.paths, -1) @ back))
         return self.outward(tokens.flatten(1))

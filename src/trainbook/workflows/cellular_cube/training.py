@@ -21,9 +21,10 @@ from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconst
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
 from trainbook.workflows.cellular_cube.readout_fit import MAX_FEATURES, fit_readout
+from trainbook.workflows.cellular_cube.text_decoder import TextDecoder, Vocabulary, text_loss
 
-AUTOENCODER, WARM_UP, READOUT, MAIN, REFIT, FINE_TUNE = (
-    "autoencoder", "warm_up", "readout", "main", "readout_again", "fine_tune",
+AUTOENCODER, WARM_UP, READOUT, MAIN, REFIT, FINE_TUNE, TEXT_DECODER = (
+    "autoencoder", "warm_up", "readout", "main", "readout_again", "fine_tune", "text_decoder",
 )  # fmt: skip
 VALID_SENTENCES = 1000  # at most, while training
 FINE_TUNE_RATE = 0.1
@@ -91,6 +92,11 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
         fine = _phase(config, config.validate_every or max(1, len(second["labels"]) // config.batch_size), rate)
         stateful[FINE_TUNE] = Stage(FINE_TUNE, network, fine, steps(len(second["labels"]), config.fine_tune_epochs))
         choose_trained(config, network, MAIN)
+    if config.decoder_epochs:
+        decoder = TextDecoder(len(data.mean), len(Vocabulary(data.sentences["train"])), config.decoder_width).to(runtime.device)
+        modules[TEXT_DECODER] = decoder
+        number = steps(len(data.train["labels"]), config.decoder_epochs)
+        stateful[TEXT_DECODER] = Stage(TEXT_DECODER, decoder, _phase(config, 0), number)
     total = sum(getattr(part, "total_steps", 1) for part in stateful.values())
     return TrainState(modules, stateful=stateful, total_steps=total, stage=next(iter(stateful)))
 
@@ -122,9 +128,7 @@ def choose_trained(config: Config, network: CellularCube, phase: str) -> None:
         parameter.requires_grad_(inside or outside or (name.startswith("cube.hardware.") and not grown))
     if config.transformer == "autoencoder":
         network.transformer.requires_grad_(False)
-    factors = {
-        "local": config.local_rate, "functional": config.functional_rate, "distant": config.distant_rate, "gate": config.gate_rate,
-    }  # fmt: skip
+    factors = {name: getattr(config, f"{name}_rate") for name in ("local", "functional", "distant", "gate")}
     for index, column in enumerate(network.cube.rule.columns):
         column.requires_grad_((index == 1) == grown)
         for name, factor in factors.items():
@@ -167,6 +171,10 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         yield from _fit_readout(state, REFIT, first["embeddings"], valid)
     if FINE_TUNE in state.stateful:
         yield from _fine_tune(config, data, state, first, second)
+    if TEXT_DECODER in state.stateful:
+        tokens = Vocabulary(data.sentences["train"]).encode(data.sentences["train"]).to(data.train["labels"].device)
+        batches = Batches({"embeddings": data.train["embeddings"], "tokens": tokens}, *common)
+        yield from state.stateful[TEXT_DECODER].train(state, batches, text_loss)
 
 
 def _fine_tune(
@@ -185,9 +193,8 @@ def _fine_tune(
     valid = data.valid["embeddings"]
     if config.domains == "two":
         valid = valid[data.valid["labels"] >= data.num_first_domain]
-    yield from stage.train(
-        state, batches, _loss(config, stage, state.modules.get("elastic")), validation(valid[:VALID_SENTENCES])
-    )
+    loss = _loss(config, stage, state.modules.get("elastic"))
+    yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
 
 
 def _fit_readout(state: TrainState, name: str, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
