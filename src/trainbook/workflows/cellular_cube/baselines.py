@@ -15,7 +15,6 @@ from trainbook.workflows.cellular_cube.principal import Principal
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1.0  # of 12,000 MiniLM vectors: cosine .790 against .782 with the usual 0.01
 BATCH_SIZE = 64
 WARM_UP_SHARE = 0.05
-FEATURE_GAINS, FEATURE_PENALTIES = (0.5, 1.0, 2.0), (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 VALIDATIONS = 20  # over the training; the weights that were best are the ones that count
 
 
@@ -183,48 +182,6 @@ def plain_outputs(
         with torch.no_grad():
             found[name] = model(test)
     return found
-
-
-@torch.no_grad()
-def random_feature_output(
-    principal: Principal, code_size: int, num_features: int, train: Tensor, valid: Tensor, test: Tensor, seed: int
-) -> Tensor:
-    """What ridge regression makes of the test vectors from PCA's code and random non-linear mixtures of it, (N, D).
-
-    What a cube whose experts learned nothing could do as well: o = PCA(c) + W gelu(G c + b), W in closed form towards what PCA
-    leaves, G and b random; their size and the penalty are the ones that are best on the validation split.
-
-    Args:
-        principal: components of `train`.
-        code_size: K.
-        num_features: of the read-out, K of them the code's own.
-        train, valid, test: (N, D) in standard units.
-        seed: of G and b.
-
-    Source: Rahimi, Recht (2007), Random Features for Large-Scale Kernel Machines.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    components = principal.components[:code_size]
-    mixing = torch.randn(len(components), max(1, num_features - code_size), generator=generator).to(train)
-    shift = torch.randn(mixing.shape[1], generator=generator).to(train)
-    codes = [principal.standardised(part) @ components.T for part in (train, valid, test)]
-    size = codes[0].square().sum(1).mean().sqrt()
-    best, best_error = None, math.inf
-    for gain in FEATURE_GAINS:
-        of_train, of_valid, of_test = (functional.gelu(gain * (code @ mixing / size + shift)).double() for code in codes)
-        mean, deviation = of_train.mean(0), of_train.std(0).clamp(min=1e-6)
-        z = (of_train - mean) / deviation
-        gram, towards = z.T @ z, z.T @ (train - principal.reconstructed(train, code_size)).double()
-        for penalty in FEATURE_PENALTIES:
-            weight = torch.linalg.solve(gram + penalty * len(z) * torch.eye(len(gram)).to(gram), towards)
-            outputs = [
-                principal.reconstructed(part, code_size) + ((features - mean) / deviation @ weight).to(part)
-                for part, features in ((valid, of_valid), (test, of_test))
-            ]
-            error = float((outputs[0] - valid).square().mean())
-            if error < best_error:
-                best, best_error = outputs[1], error
-    return best
 
 
 def _rate(step: int, total: int) -> float:
