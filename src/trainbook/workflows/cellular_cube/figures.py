@@ -19,7 +19,7 @@ COLOURS = ("#7fb3e6", "#f2b661", "#8cc98c")
 MAX_SHOWN = 9  # steps and planes of the picture of planes
 MAX_MATRIX = 150  # sentences of a similarity matrix
 LAST_DRAWN = 0x2190  # beyond it DejaVu Sans has gaps
-CHARACTERS_PER_LINE, LINE_INCHES = 34, 0.155
+CHARACTERS_PER_LINE, LINE_INCHES = 31, 0.155
 
 
 def _spaced(number: int, most: int) -> list[int]:
@@ -90,19 +90,29 @@ def draw_flow(sensitivity: Tensor, lesions: Tensor | None, path: Tensor) -> Figu
     """Where the signal is: sensitivity of the output to each plane, cost of a lesion there, and the most sensitive cells.
 
     Args:
-        sensitivity: (T + 1, L, L, L), from `flow.cell_sensitivity`.
+        sensitivity: (T + 1, L, L, L), `flow.cell_sensitivity` times the state's mean square: of a change in proportion to it.
         lesions: (T, L), from `flow.lesion_curve`; None leaves it out.
         path: (L, 3), from `flow.saliency_path`.
     """
     by_plane = sensitivity.sum((2, 3)).cpu().float().numpy()
     figure, axes = new_figure(3, width=4.2, height=3.2)
     logarithm = np.log10(np.maximum(by_plane, by_plane.max() * 1e-6))
-    heatmap(axes[0, 0], logarithm, "sensitivity of the output", "plane, 0 is the front", "step", "log10 |d output / d state|²")
+    heatmap(
+        axes[0, 0],
+        logarithm,
+        "sensitivity of the output",
+        "plane, 0 is the front",
+        "step",
+        "log10 |d output / d state|² |state|²",
+    )
     if lesions is None:
         axes[0, 1].set_axis_off()
     else:
         values = lesions.cpu().float().numpy()
         heatmap(axes[0, 1], values, "lesion: plane set to zero", "plane, 0 is the front", "after step", "added FVU")
+    for panel in axes[0, : 1 if lesions is None else 2]:
+        panel.set_xticks(_spaced(by_plane.shape[1], 10))
+        panel.set_yticks(_spaced(len(by_plane) - (panel is axes[0, 1]), 10))
     _, rows, columns = path.cpu().numpy().T
     side = sensitivity.shape[-1]
     place = axes[0, 2].scatter(columns, rows, c=np.arange(len(path)), cmap="viridis", s=60, zorder=3)
