@@ -4,9 +4,16 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from trainbook.workflows.cellular_cube.baselines import Autoencoder, Shape, fit_autoencoder, plain_outputs, shape_of_equal_size
+from trainbook.workflows.cellular_cube.baselines import (
+    Autoencoder,
+    Shape,
+    fit_autoencoder,
+    plain_outputs,
+    shape_of_equal_size,
+)
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.principal import fit_principal
+from trainbook.workflows.cellular_cube.random_features import random_feature_output
 
 WIDTH, CODE = 12, 3
 
@@ -74,3 +81,17 @@ def test_damage_sets_that_share_of_hidden_units_to_zero():
     bias = model.decoder_out.bias
     torch.testing.assert_close((outputs - bias).mean(0), 0.7 * (whole - bias)[0], atol=0.05, rtol=0.1)
     assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_random_features_decode_a_curved_surface_and_leave_a_flat_one_to_pca():
+    train, valid, test = standardised(curved(1000, 0), curved(200, 1), curved(200, 2))
+    principal = fit_principal(train)
+    pca = float((principal.reconstructed(test, CODE) - test).square().mean())
+    output = random_feature_output(principal, CODE, 200, train, valid, test, seed=0)
+    assert float((output - test).square().mean()) < 0.8 * pca
+    assert torch.equal(output, random_feature_output(principal, CODE, 200, train, valid, test, seed=0))
+    flat, flat_valid, flat_test = (torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (1000, 200, 201))
+    flat_principal = fit_principal(flat)
+    output = random_feature_output(flat_principal, CODE, 60, flat, flat_valid, flat_test, seed=0)
+    expected = (flat_principal.reconstructed(flat_test, CODE) - flat_test).square().mean()
+    assert float((output - flat_test).square().mean()) == pytest.approx(float(expected), rel=0.02)  # nothing there to find

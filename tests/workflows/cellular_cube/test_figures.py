@@ -31,9 +31,12 @@ def test_planes_show_each_step_and_plane_that_fits(side):
     energies = torch.zeros(STEPS + 1, side, side, side)
     energies[0, 0, 1, 2] = 5
     figure = draw_planes(energies)
-    pictures = [axes.images[0] for axes in figure.axes if axes.images]
-    assert len(pictures) == (STEPS + 1) * min(side, 9)
-    np.testing.assert_array_equal(pictures[0].get_array(), energies[0, 0].numpy())
+    panel = figure.axes[0]
+    assert len(panel.get_xticks()) == min(side, 9)
+    assert len(panel.get_yticks()) == STEPS + 1
+    canvas = panel.images[0].get_array()
+    np.testing.assert_array_equal(canvas[:side, :side], energies[0, 0].numpy())
+    assert np.isfinite(canvas).sum() == (STEPS + 1) * min(side, 9) * side**2
     assert to_png(figure).startswith(b"\x89PNG")
 
 
@@ -68,7 +71,7 @@ def test_the_spectrum_sums_to_the_variance():
 
 
 def test_examples_wrap_and_take_any_text():
-    figure = draw_examples({"cube": ["a $strange_ text " * 9, ""]}, ["short", "x" * 200], 5, "decoded")
+    figure = draw_examples({"cube": ["a $strange_ text " * 9 + "\x18\x00 \u6587", ""]}, ["short", "x" * 200], 5, "decoded")
     assert any("strange" in text and "\n" in text for text in texts(figure))
     assert to_png(figure)
 

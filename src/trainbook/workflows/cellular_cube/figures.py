@@ -18,7 +18,8 @@ EXPERTS = ("local", "functional", "distant")
 COLOURS = ("#7fb3e6", "#f2b661", "#8cc98c")
 MAX_SHOWN = 9  # steps and planes of the picture of planes
 MAX_MATRIX = 150  # sentences of a similarity matrix
-CHARACTERS_PER_LINE, LINE_INCHES = 34, 0.155
+LAST_DRAWN = 0x2190  # beyond it DejaVu Sans has gaps
+CHARACTERS_PER_LINE, LINE_INCHES = 31, 0.155
 
 
 def _spaced(number: int, most: int) -> list[int]:
@@ -34,16 +35,24 @@ def draw_planes(energies: Tensor, title: str = "state of each cell, root mean sq
     """
     values = energies.detach().cpu().float().numpy()
     steps, planes = _spaced(len(values), MAX_SHOWN), _spaced(values.shape[1], MAX_SHOWN)
-    figure, axes = new_figure(len(planes), len(steps), width=0.95, height=0.95)
+    side, cell = values.shape[-1], values.shape[-1] + max(1, values.shape[-1] // 10)
+    canvas = np.full((len(steps) * cell, len(planes) * cell), np.nan)  # one picture: a panel each would take seconds to lay out
+    for row, step in enumerate(steps):
+        for column, plane in enumerate(planes):
+            canvas[row * cell :, column * cell :][:side, :side] = values[step, plane]
+    figure, axes = new_figure(width=0.85 * len(planes) + 1.2, height=0.85 * len(steps) + 0.8)
+    panel = axes[0, 0]
     top = float(np.quantile(values, 0.995)) or 1.0
-    for row, step in zip(axes, steps, strict=True):
-        for panel, plane in zip(row, planes, strict=True):
-            picture = panel.imshow(values[step, plane], vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
-            panel.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"step {step}", fontsize=8)
-    for panel, plane in zip(axes[0], planes, strict=True):
-        side = {0: "\n(front)", values.shape[1] - 1: "\n(back)"}.get(plane, "\n")
-        panel.set_title(f"plane {plane}{side}", fontsize=8)
+    picture = panel.imshow(canvas, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
+    middle = (side - 1) / 2
+    ends = {0: "\n(front)", values.shape[1] - 1: "\n(back)"}
+    names = [f"plane {plane}{ends.get(plane, '')}" for plane in planes]
+    panel.xaxis.tick_top()
+    panel.set_xticks([column * cell + middle for column in range(len(planes))], names, fontsize=8)
+    panel.set_yticks([row * cell + middle for row in range(len(steps))], [f"step {step}" for step in steps], fontsize=8)
+    panel.tick_params(length=0)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
     figure.colorbar(picture, ax=axes, label="standard units", fraction=0.03, aspect=30)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -81,19 +90,29 @@ def draw_flow(sensitivity: Tensor, lesions: Tensor | None, path: Tensor) -> Figu
     """Where the signal is: sensitivity of the output to each plane, cost of a lesion there, and the most sensitive cells.
 
     Args:
-        sensitivity: (T + 1, L, L, L), from `flow.cell_sensitivity`.
+        sensitivity: (T + 1, L, L, L), `flow.cell_sensitivity` times the state's mean square: of a change in proportion to it.
         lesions: (T, L), from `flow.lesion_curve`; None leaves it out.
         path: (L, 3), from `flow.saliency_path`.
     """
     by_plane = sensitivity.sum((2, 3)).cpu().float().numpy()
     figure, axes = new_figure(3, width=4.2, height=3.2)
     logarithm = np.log10(np.maximum(by_plane, by_plane.max() * 1e-6))
-    heatmap(axes[0, 0], logarithm, "sensitivity of the output", "plane, 0 is the front", "step", "log10 |d output / d state|²")
+    heatmap(
+        axes[0, 0],
+        logarithm,
+        "sensitivity of the output",
+        "plane, 0 is the front",
+        "step",
+        "log10 |d output / d state|² |state|²",
+    )
     if lesions is None:
         axes[0, 1].set_axis_off()
     else:
         values = lesions.cpu().float().numpy()
         heatmap(axes[0, 1], values, "lesion: plane set to zero", "plane, 0 is the front", "after step", "added FVU")
+    for panel in axes[0, : 1 if lesions is None else 2]:
+        panel.set_xticks(_spaced(by_plane.shape[1], 10))
+        panel.set_yticks(_spaced(len(by_plane) - (panel is axes[0, 1]), 10))
     _, rows, columns = path.cpu().numpy().T
     side = sensitivity.shape[-1]
     place = axes[0, 2].scatter(columns, rows, c=np.arange(len(path)), cmap="viridis", s=60, zorder=3)
@@ -175,7 +194,7 @@ def draw_table(rows: Sequence[Sequence[str]], headers: Sequence[str], title: str
         headers: of the columns.
         title: above.
     """
-    wrapped = [[textwrap.fill(cell, CHARACTERS_PER_LINE) or " " for cell in row] for row in rows]
+    wrapped = [[textwrap.fill(_drawable(cell), CHARACTERS_PER_LINE) or " " for cell in row] for row in rows]
     lines = [max(cell.count("\n") + 1 for cell in row) for row in wrapped]
     height = LINE_INCHES * (sum(lines) + 0.9 * len(rows) + 4)
     figure, axes = new_figure(width=2.5 * len(headers), height=height)
@@ -193,6 +212,11 @@ def draw_table(rows: Sequence[Sequence[str]], headers: Sequence[str], title: str
             panel.text(column + 0.02, top + 0.4 * LINE_INCHES, cell, fontsize=8, va="top", parse_math=False)
         top += LINE_INCHES * (count + 0.9)
     return figure
+
+
+def _drawable(text: str) -> str:
+    """Text with a box for each character that the pictures' font lacks, such as the control bytes of an untrained decoder."""
+    return "".join(c if c.isprintable() and ord(c) < LAST_DRAWN else "\u25a1" for c in text)
 
 
 def draw_examples(decoded: Mapping[str, Sequence[str]], sources: Sequence[str], number: int, title: str) -> Figure:

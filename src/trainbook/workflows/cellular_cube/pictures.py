@@ -58,7 +58,8 @@ def draw(config: Config, data: SentenceData, state: TrainState, history: list[di
         return network(few, watch).vectors
 
     figures = {"planes": draw_planes(observation.energies), "gate": draw_gate(observation.gate)}
-    sensitivity = cell_sensitivity(passes, config.seed)
+    # Weighed by the state: the norm in front of each expert makes cells that hold next to nothing look sensitive.
+    sensitivity = cell_sensitivity(passes, config.seed) * observation.energies.square()
     lesions = lesion_curve(passes, few, config.steps, config.side) if config.side <= MAX_LESION_SIDE else None
     figures["flow"] = draw_flow(sensitivity, lesions, saliency_path(sensitivity))
     figures["similarity"] = draw_similarity(outputs, data.test["labels"], data.label_names)
