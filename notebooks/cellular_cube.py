@@ -22,10 +22,10 @@
 #
 # - **local** $y = W_2[\mathrm{gelu}(W_1 f + U h) \odot (1 + G h)]$, $f$ = state, three differences, mean of $3^3$ cells;
 # - **functional** linear attention over the middle band, $u_i = \phi(q_i)^\top S_i / \phi(q_i)^\top z_i$,
-#   $S_i = \sum_j \phi(k_j) v_j^\top$, $\phi = \mathrm{elu} + 1$, then a recurrent cell;
+#   $S_i = \sum_j \phi(k_j) v_j^\top$, $\phi = \mathrm{elu} + 1$, a recurrent cell;
 # - **distant** a differential equation $\dot x = W_2 \tanh(W_1 x + U m + bt) - \lambda x$ driven by the mean of the far band.
 #
-# Bands are the shells of a cell's neighbours, cut at 10 % and 65 % of their number; $h_i$ are learned numbers of the cell's place.
+# Bands are the shells of the neighbours, cut at 10 % and 65 % of their number; $h_i$ are learned numbers of the cell's place.
 # The back face, all channels, is read by one linear map. **At step 0 the cube is PCA with $K$ components exactly**: whatever
 # training adds is measured over that. The linear map is fitted in closed form (ridge) before and after the main phase.
 #

@@ -32,8 +32,8 @@ class Config(OptimizationConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "max_sentences": 160, "held_out_sentences": 48, "side": 4, "channels": 8, "mixed_numbers": 4, "hidden_width": 8,
-            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "fine_tune_epochs": 1, "batch_size": 16,
-            "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
+            "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "fine_tune_epochs": 1,
+            "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
         "laptop": {},
         "minilm": _REAL_TEACHER,
@@ -76,13 +76,13 @@ class Config(OptimizationConfig):
     """Learned numbers per cell that never change during a pass, P: the positional code."""
     hardware: Literal["learned", "coordinates"] = "learned"
     """The positional code: a table with a row per cell, or a network of the cell's coordinates that suits every size."""
-    hidden_width: int = Field(default=48, ge=4, le=1024)
+    hidden_width: int = Field(default=32, ge=4, le=1024)
     """Hidden units of the local rule, H."""
-    attention_rank: int = Field(default=8, ge=1, le=64)
+    attention_rank: int = Field(default=4, ge=1, le=64)
     """Feature rank r of the functional expert's linear attention."""
     value_width: int = Field(default=8, ge=1, le=64)
     """Width of what that attention sums."""
-    ode_steps: int = Field(default=2, ge=1, le=16)
+    ode_steps: int = Field(default=1, ge=1, le=16)
     """Midpoint steps of the distant expert's differential equation."""
     radius: float = Field(default=0.9, gt=0, le=1)
     """Reach of a cell's neighbourhood as a share of the side, at least 3 cells; cut at 10 % and 65 % of the neighbours."""
@@ -184,11 +184,11 @@ class Config(OptimizationConfig):
     checkpoint_steps: int = Field(default=0, ge=0)
     """With gradient_checkpointing: steps of the cube per kept state; 0 takes the square root of their number."""
 
-    learning_rate: float = Field(default=2e-3, gt=0, le=100)
+    learning_rate: float = Field(default=3e-3, gt=0, le=100)
     """The highest rate, reached after the rise."""
     schedule: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "cosine"
     """Course of the learning rate after the rise."""
-    warmup_steps: int = Field(default=50, ge=0)
+    warmup_steps: int = Field(default=30, ge=0)
     """Steps of linear rise in front of the schedule of each phase."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Scale the gradient down to this Euclidean norm; 0 does not clip."""

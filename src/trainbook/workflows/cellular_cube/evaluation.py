@@ -24,6 +24,7 @@ from trainbook.workflows.cellular_cube.retrieval import own_sentence_recall, ret
 from trainbook.workflows.cellular_cube.similarity import norm_summary, reconstruction_quality, similarity_table
 from trainbook.workflows.cellular_cube.text_decoder import Vocabulary, write_sentences
 from trainbook.workflows.cellular_cube.training import TEXT_DECODER, reconstruct
+from trainbook.workflows.cellular_cube.trials import trial_metrics
 
 SYNTHETIC_SENTENCES = 256
 MAX_PROBED = 2000  # training sentences whose vectors are passed through the cube for the probes
@@ -46,7 +47,7 @@ def evaluate(config: Config, data: SentenceData, state: TrainState) -> dict[str,
     metrics |= _options(config, data, network)
     metrics["cube/num_parameters"] = float(_size(network))
     metrics["teacher/cache_hit_rate"] = data.cache_hit_rate
-    return metrics
+    return metrics | trial_metrics(config, data)
 
 
 def test_outputs(config: Config, data: SentenceData, network: CellularCube) -> dict[str, Tensor]:
