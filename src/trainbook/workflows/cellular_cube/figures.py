@@ -40,7 +40,7 @@ def draw_planes(energies: Tensor, title: str = "state of each cell, root mean sq
     for row, step in enumerate(steps):
         for column, plane in enumerate(planes):
             canvas[row * cell :, column * cell :][:side, :side] = values[step, plane]
-    figure, axes = new_figure(width=0.85 * len(planes) + 1.2, height=0.85 * len(steps) + 0.8)
+    figure, axes = new_figure(width=max(6.5, 0.85 * len(planes) + 1.2), height=0.85 * len(steps) + 0.8)
     panel = axes[0, 0]
     top = float(np.quantile(values, 0.995)) or 1.0
     picture = panel.imshow(canvas, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")

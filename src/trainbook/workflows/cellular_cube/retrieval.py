@@ -34,13 +34,3 @@ def own_sentence_recall(outputs: Tensor, targets: Tensor) -> float:
         outputs, targets: (N, D), raw, row by row of the same sentence.
     """
     return float((nearest(targets, outputs) == torch.arange(len(targets))).double().mean())
-
-
-def same_sentence(bank: Tensor, outputs: Tensor, targets: Tensor) -> float:
-    """Share of outputs that lead to the very known sentence that the teacher's vector leads to.
-
-    Args:
-        bank: (M, D), raw.
-        outputs, targets: (N, D), raw, row by row of the same sentence.
-    """
-    return float((nearest(bank, outputs) == nearest(bank, targets)).double().mean())
