@@ -83,7 +83,8 @@ run.build()
 # ## Training
 # Phases: `warm_up` on SYNTHETIC vectors (Gaussian with the teacher's covariance, shrunk, on which nothing can beat PCA),
 # `readout` in closed form, `main`, `readout_again`, `fine_tune`, and the decoder to text, which sees the teacher's vectors only.
-# The weights of the main phase's best validation are kept; where they are worse than PCA, the cube goes back to PCA.
+# The weights of the main phase's best validation are kept; where they are worse than what the phase began with, or than PCA,
+# the cube goes back to that.
 #
 # $$L = w_r\,\mathrm{MSE} + w_s (1 - \cos) + w_k \tau^2 \mathrm{KL} + w_d\,\mathrm{diversity}
 # + w_e(\log 3 - I(\mathrm{expert};\mathrm{cell})) + \dots$$

@@ -15,6 +15,7 @@ from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.continual import Elastic, Replay, Reservoir
 from trainbook.workflows.cellular_cube.curriculum import Curriculum, shrunk_variances, synthetic_vectors
 from trainbook.workflows.cellular_cube.data import load_data
+from trainbook.workflows.cellular_cube.losses import cube_loss
 from trainbook.workflows.cellular_cube.principal import best_linear_fvu, fit_principal
 from trainbook.workflows.cellular_cube.training import build, domains, reconstruct, train
 
@@ -44,6 +45,13 @@ def run(config, data, state):
     return records
 
 
+def step(config, data, state):
+    """One step of the main phase's optimizer."""
+    stepper = state.stateful["main"].stepper
+    batch = Batches(data.train, 0, config.batch_size)(stepper.steps_done)
+    stepper.step(batch, lambda model, part: cube_loss(config, model, part, 0.0), config.batch_size)
+
+
 def digest(module):
     parts = [value.detach().numpy().tobytes() for value in module.state_dict().values()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -57,11 +65,8 @@ def parts_of(network):
 
 def test_after_two_steps_every_expert_and_the_gate_learn(data):
     config, state = make(data, readout="gradient")
-    stage, batches = state.stateful["main"], Batches(data.train, 0, config.batch_size)
-    from trainbook.workflows.cellular_cube.losses import cube_loss
-
-    for step in range(3):
-        stage.stepper.step(batches(step), lambda model, batch: cube_loss(config, model, batch, 0.0), config.batch_size)
+    for _ in range(3):
+        step(config, data, state)
     still = [name for name, p in state.modules["cube"].cube.rule.named_parameters() if p.numel() and not bool(p.grad.any())]
     assert still == []
 
@@ -74,8 +79,9 @@ def test_the_brief_s_rule_trains_the_experts_only(data, scope):
     start = reconstruct(network, data.test["embeddings"])
     run(config, data, state)
     changed = {name for name, part in parts_of(network).items() if digest(part) != before[name]}
-    assert changed >= {"local", "functional", "distant", "gate"} - ({"gate"} if scope == "experts_pca" else set())
-    assert "transformer" not in changed
+    assert changed <= {"local", "functional", "distant", "gate", "readout"}
+    if scope == "experts_pca":
+        assert changed >= {"local", "functional", "distant"}
     assert ("readout" in changed) == (scope == "experts")  # fitted in closed form, once before and once after
     trained = {name.partition(".")[0] for name, p in network.named_parameters() if p.requires_grad}
     assert trained == {"cube"}
@@ -86,13 +92,14 @@ def test_the_brief_s_rule_trains_the_experts_only(data, scope):
 
 
 def test_a_rate_of_zero_leaves_that_expert_as_it_was_and_factors_reach_the_optimizer(data):
-    config, state = make(data, distant_rate=0.0, local_rate=3.0)
+    config, state = make(data, distant_rate=0.0, local_rate=3.0, readout="gradient")
     network = state.modules["cube"]
     before = {name: digest(part) for name, part in parts_of(network).items()}
     groups = make_optimizer(network, config).param_groups
     local = {id(p) for p in network.cube.rule.columns[0].local.parameters()}
     assert {group["rate_factor"] for group in groups for p in group["params"] if id(p) in local} == {3.0}
-    run(config, data, state)
+    step(config, data, state)
+    step(config, data, state)
     changed = {name for name, part in parts_of(network).items() if digest(part) != before[name]}
     assert changed == set(before) - {"distant"}
     rates = {group["rate_factor"]: group["lr"] for group in state.stateful["main"].stepper.optimizer.param_groups}
@@ -108,8 +115,9 @@ def test_all_phases_come_in_order_and_the_kept_weights_are_no_worse_than_pca(dat
     assert order == ["autoencoder", "warm_up", "readout", "main", "readout_again", "fine_tune", "text_decoder"]
     main = [metrics for stage, metrics in records if stage == "main"][-1]
     refit = [metrics for stage, metrics in records if stage == "readout_again"][-1]
-    assert main["fell_back_to_pca"] == 1.0  # a rate of 1 wrecks it
-    assert refit["valid_fvu"] <= main["pca_valid_fvu"] + 1e-5
+    first = next(metrics for stage, metrics in records if stage == "readout")
+    assert main["went_back_to_readout"] + main["fell_back_to_pca"] >= 1  # a rate of 1 wrecks it
+    assert refit["valid_fvu"] <= min(main["pca_valid_fvu"], first["valid_fvu"]) + 1e-5
 
 
 def test_synthetic_vectors_have_the_shrunk_covariance_and_the_oracle_its_error(data):

@@ -35,7 +35,7 @@ class Config(OptimizationConfig):
             "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "fine_tune_epochs": 1,
             "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
-        "laptop": {},
+        "laptop": {"learning_rate": 1e-3, "weight_decay": 0.1},
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {

@@ -31,18 +31,24 @@ FINE_TUNE_RATE = 0.1
 
 
 class ReadoutStep:
-    """One step of the run, in which the read-out is fitted in closed form."""
+    """One step of the run, in which the read-out is fitted in closed form; keeps what it led to.
+
+    Attributes:
+        valid_fvu: after it.
+        weights: of the network after it: training that makes it worse is taken back to them.
+    """
 
     def __init__(self) -> None:
-        self.finished = False
+        self.finished, self.valid_fvu = False, 0.0
+        self.weights: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it is done."""
-        return {"finished": self.finished}
+        """Tensors and numbers only."""
+        return {"finished": self.finished, "valid_fvu": self.valid_fvu, "weights": self.weights}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.finished = saved["finished"]
+        self.finished, self.valid_fvu, self.weights = saved["finished"], saved["valid_fvu"], saved["weights"]
 
 
 class Preliminary(nn.Module):
@@ -163,7 +169,7 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         batches = Batches(first, *common)
     for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
         if stage.finished:
-            record.metrics.update(_keep_pca_if_better(network, principal, valid))
+            record.metrics.update(_keep_start_if_better(network, principal, valid, state.stateful.get(READOUT)))
             if "elastic" in state.modules:
                 state.modules["elastic"].remember(network, first["embeddings"], _squared_error)
         yield record
@@ -202,7 +208,9 @@ def _fit_readout(state: TrainState, name: str, train_vectors: Tensor, valid: Ten
     if part.finished:
         return
     metrics = fit_readout(state.modules["cube"], train_vectors, valid)
-    part.finished = True
+    part.finished, part.valid_fvu = True, metrics["valid_fvu"]
+    if name == READOUT:
+        part.weights = {key: tensor.clone() for key, tensor in state.modules["cube"].state_dict().items()}
     state.stage = name
     state.step += 1
     yield Record(metrics, milestone=True, examples=len(train_vectors))
@@ -251,12 +259,18 @@ def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64) -> Tenso
     return torch.cat(parts)
 
 
-def _keep_pca_if_better(network: CellularCube, principal: Principal, valid: Tensor) -> dict[str, float]:
-    """Where the best weights of the main phase are worse than PCA on the validation split, go back to PCA; says so."""
+def _keep_start_if_better(
+    network: CellularCube, principal: Principal, valid: Tensor, start: ReadoutStep | None
+) -> dict[str, float]:
+    """Where the main phase's best weights are worse on the validation split than what it began with, or than PCA, go back."""
     size = network.config.code_size
     pca = float((principal.reconstructed(valid, size) - valid).square().sum() / valid.square().sum())
     own = validation(valid)(network)["valid_fvu"]
+    went_back = start is not None and own > start.valid_fvu
+    if went_back:
+        network.load_state_dict(start.weights)
+        own = start.valid_fvu
     fell_back = own > pca
     if fell_back:
         network.start_at_principal(principal)
-    return {"pca_valid_fvu": pca, "fell_back_to_pca": float(fell_back)}
+    return {"pca_valid_fvu": pca, "went_back_to_readout": float(went_back), "fell_back_to_pca": float(fell_back)}
