@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from tests.small_network import examples, gradient_of, loss_of, small_network, stepper_of, weights_of
+from trainbook.optimization import OptimizationConfig
 from trainbook.optimizer import parameter_groups
+from trainbook.stepper import Stepper
 
 
 class Mixed(nn.Module):
@@ -54,3 +56,16 @@ def test_steps_of_sgd_follow_the_heavy_ball_by_hand():
         velocity = 0.7 * velocity + gradient_of(network)
         weights = weights - 0.05 * velocity
         torch.testing.assert_close(weights_of(network), weights, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_can_have_a_rate_of_its_own():
+    """One group per factor and decay; with a factor of 2 a weight moves twice as far."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight.rate_factor = 2.0
+    groups = parameter_groups(model, 0.1)
+    assert [(group["rate_factor"], len(group["params"])) for group in groups] == [(1.0, 1), (2.0, 1)]
+    config = OptimizationConfig(optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=0.1)
+    before = [layer.weight.detach().clone() for layer in model]
+    Stepper(model, config, 1).step(torch.zeros(3, 2), lambda module, batch: module[0].weight.sum() + module[1].weight.sum())
+    moved = [float((layer.weight.detach() - start).mean()) for layer, start in zip(model, before, strict=True)]
+    assert moved == pytest.approx([-0.1, -0.2])

@@ -12,20 +12,24 @@ FUSED = ("cpu", "cuda")  # one kernel per group instead of some ten per paramete
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in at most two optimizer groups: with weight decay, and without.
+    """Trainable parameters in optimizer groups: with weight decay and without, for each factor of the learning rate.
 
     Without are parameters of at most one dimension, those of norm layers, and those called `bias` or `..._bias`.
-    Embeddings decay. A shared parameter appears once; one that does not require a gradient not at all.
+    Embeddings decay. A shared parameter appears once; one that does not require a gradient not at all. A parameter with an
+    attribute `rate_factor` other than 1 is trained at so many times the rate; its group has that under the same name.
     """
     spared = {id(p) for part in module.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
-    decayed, undecayed = [], []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             last = name.rpartition(".")[2]
             is_spared = parameter.ndim < 2 or id(parameter) in spared or last == "bias" or last.endswith("_bias")
-            (undecayed if is_spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((getattr(parameter, "rate_factor", 1.0), 0.0 if is_spared else weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (factor, decay), parameters in groups.items()
+        if parameters
+    ]
 
 
 def make_optimizer(module: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:

@@ -108,7 +108,7 @@ class Stepper:
             self.ema.load_state_dict(self.module.state_dict())  # the module may have been given weights since
         rate = self._spikes.rate_factor * learning_rate(self.config, self.steps_done, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         self._spikes.begin_step(self.steps_done)
         means = self._accumulator.backward(batch, loss_function, global_size, self.steps_done)
         scale = None

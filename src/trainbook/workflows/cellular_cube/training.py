@@ -1,0 +1,276 @@
+"""Builds and trains: warm-up on synthetic vectors, read-out in closed form, the main phase, fine-tuning on a second domain."""
+
+# D numbers of a vector
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainbook.data import Batches
+from trainbook.fitting import Stage
+from trainbook.records import Record
+from trainbook.runtime import Runtime
+from trainbook.state import TrainState
+from trainbook.workflows.cellular_cube.config import Config
+from trainbook.workflows.cellular_cube.continual import Elastic, Replay, Reservoir
+from trainbook.workflows.cellular_cube.curriculum import Curriculum, synthetic_vectors
+from trainbook.workflows.cellular_cube.data import SentenceData
+from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconstruction, similarity
+from trainbook.workflows.cellular_cube.network import CellularCube
+from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
+from trainbook.workflows.cellular_cube.readout_fit import MAX_FEATURES, fit_readout
+from trainbook.workflows.cellular_cube.text_decoder import TextDecoder, Vocabulary, text_loss
+
+AUTOENCODER, WARM_UP, READOUT, MAIN, REFIT, FINE_TUNE, TEXT_DECODER = (
+    "autoencoder", "warm_up", "readout", "main", "readout_again", "fine_tune", "text_decoder",
+)  # fmt: skip
+VALID_SENTENCES = 1000  # at most, while training
+FINE_TUNE_RATE = 0.1
+
+
+class ReadoutStep:
+    """One step of the run, in which the read-out is fitted in closed form; keeps what it led to.
+
+    Attributes:
+        valid_fvu: after it.
+        weights: of the network after it: training that makes it worse is taken back to them.
+    """
+
+    def __init__(self) -> None:
+        self.finished, self.valid_fvu = False, 0.0
+        self.weights: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only."""
+        return {"finished": self.finished, "valid_fvu": self.valid_fvu, "weights": self.weights}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.finished, self.valid_fvu, self.weights = saved["finished"], saved["valid_fvu"], saved["weights"]
+
+
+class Preliminary(nn.Module):
+    """The autoencoder transformer and a two-layer decoder that is only there to pretrain it."""
+
+    def __init__(self, network: CellularCube, width: int) -> None:
+        super().__init__()
+        size = network.transformer.linear.out_features
+        self.transformer = network.transformer
+        self.decoder = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, network.readout.out_features))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, D) to (B, D)."""
+        return self.decoder(self.transformer(vectors)[0])
+
+
+def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
+    """The network, at PCA, and the phases of its training."""
+    principal = fit_principal(data.train["embeddings"])
+    network = CellularCube(config, principal, data.mean.to(runtime.device), data.scale).to(runtime.device)
+    modules: dict[str, nn.Module] = {"cube": network, "core": network.cube.rule}
+    stateful: dict[str, Any] = {}
+    first, second = domains(config, data)
+
+    def steps(number: int, epochs: int) -> int:
+        return epochs * max(1, number // config.batch_size)
+
+    if config.transformer == "autoencoder":
+        modules["preliminary"] = preliminary = Preliminary(network, 512).to(runtime.device)
+        stateful[AUTOENCODER] = Stage(AUTOENCODER, preliminary, _phase(config, 0), steps(len(first["labels"]), config.num_epochs))
+    choose_trained(config, network, MAIN)
+    if config.warm_up_epochs:
+        number = steps(len(first["labels"]), config.warm_up_epochs)
+        stateful[WARM_UP] = Stage(WARM_UP, network, _phase(config, 0), number)
+    if fits_readout(config):
+        stateful[READOUT] = ReadoutStep()
+    epoch = max(1, len(first["labels"]) // config.batch_size)
+    main = _phase(config, config.validate_every or epoch)
+    stateful[MAIN] = Stage(MAIN, network, main, steps(len(first["labels"]), config.num_epochs))
+    if fits_readout(config):
+        stateful[REFIT] = ReadoutStep()
+    if config.elastic_weight:
+        modules["elastic"] = Elastic(network)
+    if config.fine_tune_epochs:
+        choose_trained(config, network, FINE_TUNE)
+        rate = config.learning_rate * (FINE_TUNE_RATE if config.domains == "one" else 1.0)
+        fine = _phase(config, config.validate_every or max(1, len(second["labels"]) // config.batch_size), rate)
+        stateful[FINE_TUNE] = Stage(FINE_TUNE, network, fine, steps(len(second["labels"]), config.fine_tune_epochs))
+        choose_trained(config, network, MAIN)
+    if config.decoder_epochs:
+        decoder = TextDecoder(len(data.mean), len(Vocabulary(data.sentences["train"])), config.decoder_width).to(runtime.device)
+        modules[TEXT_DECODER] = decoder
+        number = steps(len(data.train["labels"]), config.decoder_epochs)
+        stateful[TEXT_DECODER] = Stage(TEXT_DECODER, decoder, _phase(config, 0), number)
+    total = sum(getattr(part, "total_steps", 1) for part in stateful.values())
+    return TrainState(modules, stateful=stateful, total_steps=total, stage=next(iter(stateful)))
+
+
+def _phase(config: Config, validate_every: int, rate: float = 0.0) -> Config:
+    return config.model_copy(update={"validate_every": validate_every, "learning_rate": rate or config.learning_rate})
+
+
+def fits_readout(config: Config) -> bool:
+    """Whether the read-out is fitted in closed form: asked for, possible at this size, and not against the brief's rule."""
+    features = (config.universal_width or config.side**2) * config.channels
+    return config.readout == "ridge" and features <= MAX_FEATURES and config.train_scope != "experts_pca"
+
+
+def domains(config: Config, data: SentenceData) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Training vectors of the first and of the second domain; all of them twice where there is one."""
+    if config.domains == "one":
+        return data.train, data.train
+    is_first = data.train["labels"] < data.num_first_domain
+    return tuple({name: tensor[chosen] for name, tensor in data.train.items()} for chosen in (is_first, ~is_first))
+
+
+def choose_trained(config: Config, network: CellularCube, phase: str) -> None:
+    """Say which parameters a phase trains and how fast: by `requires_grad` and by a factor of the learning rate."""
+    grown = phase == FINE_TUNE and config.expert_columns == "grow"
+    outside = config.train_scope == "all" and not grown
+    for name, parameter in network.named_parameters():
+        inside = name.startswith("cube.rule.")
+        parameter.requires_grad_(inside or outside or (name.startswith("cube.hardware.") and not grown))
+    if config.transformer == "autoencoder":
+        network.transformer.requires_grad_(False)
+    factors = {name: getattr(config, f"{name}_rate") for name in ("local", "functional", "distant", "gate")}
+    for index, column in enumerate(network.cube.rule.columns):
+        column.requires_grad_((index == 1) == grown)
+        for name, factor in factors.items():
+            for parameter in getattr(column, name).parameters():
+                parameter.rate_factor = factor
+                if factor == 0:
+                    parameter.requires_grad_(False)
+    network.cube.rule.level_gains.requires_grad_(network.cube.rule.level_gains.numel() > 0 and not grown)
+
+
+def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Record]:
+    """Train phase after phase from where each one is; yields once per step."""
+    network: CellularCube = state.modules["cube"]
+    principal = fit_principal(data.train["embeddings"])
+    first, second = domains(config, data)
+    common = (config.seed, config.batch_size, config.batch_scaling)
+    if AUTOENCODER in state.stateful:
+        yield from state.stateful[AUTOENCODER].train(state, Batches(first, *common), _preliminary_loss)
+    choose_trained(config, network, MAIN)
+    if WARM_UP in state.stateful:
+        stage = state.stateful[WARM_UP]
+        made = {"embeddings": synthetic_vectors(principal, len(first["labels"]), config.seed), "labels": first["labels"]}
+        yield from stage.train(state, Batches(made, *common), _loss(config, stage))
+    valid = data.valid["embeddings"][:VALID_SENTENCES]
+    if READOUT in state.stateful:
+        yield from _fit_readout(state, READOUT, first["embeddings"], valid)
+    stage = state.stateful[MAIN]
+    if config.curriculum_start < 1:
+        total = stage.total_steps
+        batches: Any = Curriculum(first, principal, config.code_size, config.curriculum_start, total, *common)
+    else:
+        batches = Batches(first, *common)
+    for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
+        if stage.finished:
+            record.metrics.update(_keep_start_if_better(network, principal, valid, state.stateful.get(READOUT)))
+            if "elastic" in state.modules:
+                state.modules["elastic"].remember(network, first["embeddings"], _squared_error)
+        yield record
+    if REFIT in state.stateful:
+        yield from _fit_readout(state, REFIT, first["embeddings"], valid)
+    if FINE_TUNE in state.stateful:
+        yield from _fine_tune(config, data, state, first, second)
+    if TEXT_DECODER in state.stateful:
+        tokens = Vocabulary(data.sentences["train"]).encode(data.sentences["train"]).to(data.train["labels"].device)
+        batches = Batches({"embeddings": data.train["embeddings"], "tokens": tokens}, *common)
+        yield from state.stateful[TEXT_DECODER].train(state, batches, text_loss)
+
+
+def _fine_tune(
+    config: Config, data: SentenceData, state: TrainState, first: dict[str, Tensor], second: dict[str, Tensor]
+) -> Iterator[Record]:
+    network, stage = state.modules["cube"], state.stateful[FINE_TUNE]
+    choose_trained(config, network, FINE_TUNE)
+    if config.expert_columns == "grow":
+        network.cube.rule.grow()
+    batches: Any = Batches(second, config.seed, config.batch_size, config.batch_scaling)
+    if config.replay_share:
+        reservoir = Reservoir(config.replay_size, config.seed)
+        reservoir.add(torch.arange(len(first["labels"])))
+        kept = reservoir.items.to(first["labels"].device)
+        batches = Replay(batches, {name: tensor[kept] for name, tensor in first.items()}, config.replay_share, config.seed)
+    valid = data.valid["embeddings"]
+    if config.domains == "two":
+        valid = valid[data.valid["labels"] >= data.num_first_domain]
+    loss = _loss(config, stage, state.modules.get("elastic"))
+    yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
+
+
+def _fit_readout(state: TrainState, name: str, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
+    part: ReadoutStep = state.stateful[name]
+    if part.finished:
+        return
+    metrics = fit_readout(state.modules["cube"], train_vectors, valid)
+    part.finished, part.valid_fvu = True, metrics["valid_fvu"]
+    if name == READOUT:
+        part.weights = {key: tensor.clone() for key, tensor in state.modules["cube"].state_dict().items()}
+    state.stage = name
+    state.step += 1
+    yield Record(metrics, milestone=True, examples=len(train_vectors))
+
+
+def _loss(config: Config, stage: Stage, elastic: Elastic | None = None) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = cube_loss(config, model, batch, stage.stepper.steps_done / stage.total_steps)
+        if elastic is not None:
+            parts["elastic"] = elastic(getattr(model, "module", model))
+            total = total + config.elastic_weight * parts["elastic"]
+            parts["elastic"] = parts["elastic"].detach()
+        return total, parts
+
+    return loss
+
+
+def _preliminary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return (model(batch["embeddings"]) - batch["embeddings"]).square().mean()
+
+
+def _squared_error(network: nn.Module, vector: Tensor) -> Tensor:
+    """Half the squared error of a sentence, summed over its numbers: a negative log-likelihood."""
+    return 0.5 * (network(vector).vectors - vector).square().sum()
+
+
+def validation(vectors: Tensor) -> Callable[[nn.Module], dict[str, float]]:
+    """What a phase measures on the validation split: share of variance unexplained, and cosine in the teacher's units."""
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        output = reconstruct(network, vectors)
+        pair = pair_of(network, vectors, output)
+        total = vectors.square().mean()
+        return {"valid_fvu": float(reconstruction(pair) / total), "valid_cosine": float(1 - similarity(pair))}
+
+    return measure
+
+
+@torch.no_grad()
+def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64) -> Tensor:
+    """(N, D) standardised to the cube's (N, D), in evaluation mode and passes of bounded size."""
+    was_training = network.training
+    network.eval()
+    parts = [network(part).vectors for part in vectors.split(size)]
+    network.train(was_training)
+    return torch.cat(parts)
+
+
+def _keep_start_if_better(
+    network: CellularCube, principal: Principal, valid: Tensor, start: ReadoutStep | None
+) -> dict[str, float]:
+    """Where the main phase's best weights are worse on the validation split than what it began with, or than PCA, go back."""
+    size = network.config.code_size
+    pca = float((principal.reconstructed(valid, size) - valid).square().sum() / valid.square().sum())
+    own = validation(valid)(network)["valid_fvu"]
+    went_back = start is not None and own > start.valid_fvu
+    if went_back:
+        network.load_state_dict(start.weights)
+        own = start.valid_fvu
+    fell_back = own > pca
+    if fell_back:
+        network.start_at_principal(principal)
+    return {"pca_valid_fvu": pca, "went_back_to_readout": float(went_back), "fell_back_to_pca": float(fell_back)}
