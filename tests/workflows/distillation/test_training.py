@@ -284,6 +284,22 @@ def test_the_search_never_does_worse_than_the_defaults_on_valid(data, runtime):
     assert len(found.rows) == 3
 
 
+def test_settings_known_from_an_earlier_search_are_tried_after_the_default_and_before_what_is_drawn(data, runtime):
+    plain, known = (
+        Config.from_preset("smoke", SMALL | {"search_arms": 3, "known_settings": k}) for k in ((), ("dist/2.5/0.4/0.03/0.0005",))
+    )
+    tables = [JobTable(config, data, runtime) for config in (plain, known)]
+    drawn, mixed = (table.rung("all_labels", 0) for table in tables)
+    assert mixed == [drawn[0], Settings("dist", 2.5, 0.4, 0.03, 0.0005), drawn[1]]
+    assert len(drawn) == len(mixed) == 3
+
+
+@pytest.mark.parametrize("text", ["dist/2.5/0.4/0.03", "nothing/1/1/1/1", "kd/1/1/-1/1", "kd/1/1/x/1", "kd/1/1/inf/1"])
+def test_known_settings_that_mean_nothing_are_refused(text):
+    with pytest.raises(UserError, match="method/temperature/weight/rate/decay"):
+        Config.from_preset("smoke", {"known_settings": (text,)})
+
+
 def test_teachers_are_frozen_while_students_learn(data, runtime):
     config = Config.from_preset("smoke", SMALL | {"student_seeds": (0,), "chain": False, "adaptive": False})
     state = build(config, data, runtime)

@@ -11,6 +11,7 @@ from trainbook.records import Target
 Method = Literal["dkd", "logit_std", "dist", "fitnets", "attention", "rkd", "crd", "multi_teacher", "uniform_teachers"]
 Network = Literal["resnet18", "resnet8", "mobilenet", "simple_cnn", "small_cnn"]
 
+SEARCHED_METHODS = ("kd", "logit_std", "dkd", "dist")
 _BRIEF_SEEDS = (42, 123, 456, 789, 1024)
 _BRIEF: dict[str, Any] = {
     "dataset": "mnist", "augmentation": "none", "teacher_network": "resnet18", "teacher_width": 64,
@@ -111,6 +112,9 @@ class Config(BaseConfig):
     """Settings that the search starts with; a third of them, and the defaults, go on to each next rung."""
     search_epochs: int = Field(default=4, ge=1)
     """Epochs of the first rung; three times as many in each next."""
+    known_settings: tuple[str, ...] = ()
+    """Settings that earlier searches picked, as their results.txt names them, such as dist/2.5/0.4/0.03/0.0005: method,
+    temperature, weight, rate, decay. They are tried too, in place of as many drawn at random."""
     parallel_pipeline: bool = True
     """Component: train several networks at once in processes of their own; changes time, not results. How many: --jobs."""
     shared_memory: bool = True
@@ -156,6 +160,10 @@ class Config(BaseConfig):
             raise ValueError("labels must be different numbers from 0 on, at least one")
         if not 0 < self.temperature_range[0] <= self.temperature_range[1]:
             raise ValueError("temperature_range must be positive and rising")
+        if len(self.known_settings) >= self.search_arms or (self.known_settings and not self.adaptive):
+            raise ValueError("known_settings must be fewer than search_arms, with adaptive = true")
+        for text in self.known_settings:
+            read_settings(text)
         if self.teacher and self.stage in ("teacher", "direct"):
             raise ValueError(f"stage = {self.stage} has no use for a trained teacher")
         if self.data_folder and self.dataset not in ("mnist", "fashion_mnist"):
@@ -184,6 +192,23 @@ class Config(BaseConfig):
         """What students see of the labels: names that end the names of metrics."""
         named = tuple(regime_name(number) for number in self.labels)
         return (*named, f"without_{self.missing_class}") if self.missing_class >= 0 else named
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """What the adaptive component may choose, from method/temperature/weight/rate/decay.
+
+    Raises:
+        ValueError: when it is something else.
+    """
+    method, *numbers = text.split("/")
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = []
+    if method not in SEARCHED_METHODS or len(values) != 4 or not all(0 < value < float("inf") for value in values):
+        methods = ", ".join(SEARCHED_METHODS)
+        raise ValueError(f"{text!r} is not method/temperature/weight/rate/decay with a method of {methods} and positive numbers")
+    return {"method": method, **dict(zip(("temperature", "weight", "learning_rate", "weight_decay"), values, strict=True))}
 
 
 def regime_name(num_labels: int) -> str:

@@ -16,7 +16,7 @@ from trainbook.data import Data
 from trainbook.errors import RunFailed, UserError
 from trainbook.runtime import Runtime
 from trainbook.workflows.distillation.arms import Settings, default_settings, hpm_kd
-from trainbook.workflows.distillation.config import Config
+from trainbook.workflows.distillation.config import SEARCHED_METHODS, Config, read_settings
 from trainbook.workflows.distillation.gate import choose_gate, confidence_weights, entropy_weights, uniform_weights
 from trainbook.workflows.distillation.graph import TEACHER, Graph, search_name, trial_student_name
 from trainbook.workflows.distillation.images import num_classes
@@ -34,7 +34,6 @@ JOBS = "jobs"  # name in `TrainState.stateful`
 KEPT_DTYPE = "float32"  # exact: what is kept and what is computed anew are the same numbers
 MOST_BYTES = 4 * 10**9  # of teachers' logits on disk
 WIDEST = 64  # times a student's width: among these an assistant's width is looked for
-SEARCHED_METHODS = ("kd", "logit_std", "dkd", "dist")
 RUNG_FACTOR, LAST_RUNG = 3, 3
 
 
@@ -215,7 +214,9 @@ class JobTable:
             "learning_rate": Span(config.learning_rate / 4, config.learning_rate * 4, log=True),
             "weight_decay": Span(1e-5, 1e-2, log=True),
         }
-        self._drawn = draw_arms(space, default, rungs[0].arms, config.seed)
+        known = [read_settings(text) for text in config.known_settings]
+        drawn = draw_arms(space, default, rungs[0].arms - len(known), config.seed)
+        self._drawn = [*drawn[:1], *known, *drawn[1:]]
         return self._drawn
 
     def _searched(self, regime: str, level: int, settings: list[Settings]) -> list[Any]:

@@ -211,6 +211,8 @@ def _decisions_text(table: JobTable) -> str:
         if (picked := table.selection(regime)) is not None:
             settings = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in picked.arm.items())
             lines.append(f"{name}: the search picks {settings}; {picked.why}")
+            again = "/".join(f"{value:.4g}" if isinstance(value, float) else value for value in picked.arm.values())
+            lines += [] if picked.is_default else [f"{name}: to try it in another run: --known-settings {again}"]
     return "DECISIONS on valid\n" + "\n".join(lines) if lines else ""
 
 
