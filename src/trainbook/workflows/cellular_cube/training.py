@@ -160,7 +160,7 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         yield from stage.train(state, Batches(made, *common), _loss(config, stage))
     valid = data.valid["embeddings"][:VALID_SENTENCES]
     if READOUT in state.stateful:
-        yield from _fit_readout(state, READOUT, first["embeddings"], valid)
+        yield from _fit_readout(state, READOUT, principal, first["embeddings"], valid)
     stage = state.stateful[MAIN]
     if config.curriculum_start < 1:
         total = stage.total_steps
@@ -169,12 +169,13 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         batches = Batches(first, *common)
     for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
         if stage.finished:
-            record.metrics.update(_keep_start_if_better(network, principal, valid, state.stateful.get(READOUT)))
+            if REFIT not in state.stateful:
+                record.metrics.update(_keep_start_if_better(network, principal, valid))
             if "elastic" in state.modules:
                 state.modules["elastic"].remember(network, first["embeddings"], _squared_error)
         yield record
     if REFIT in state.stateful:
-        yield from _fit_readout(state, REFIT, first["embeddings"], valid)
+        yield from _fit_readout(state, REFIT, principal, first["embeddings"], valid)
     if FINE_TUNE in state.stateful:
         yield from _fine_tune(config, data, state, first, second)
     if TEXT_DECODER in state.stateful:
@@ -203,14 +204,17 @@ def _fine_tune(
     yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
 
 
-def _fit_readout(state: TrainState, name: str, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
+def _fit_readout(state: TrainState, name: str, principal: Principal, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
     part: ReadoutStep = state.stateful[name]
     if part.finished:
         return
-    metrics = fit_readout(state.modules["cube"], train_vectors, valid)
+    network = state.modules["cube"]
+    metrics = fit_readout(network, train_vectors, valid)
     part.finished, part.valid_fvu = True, metrics["valid_fvu"]
     if name == READOUT:
-        part.weights = {key: tensor.clone() for key, tensor in state.modules["cube"].state_dict().items()}
+        part.weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    else:
+        metrics |= _keep_start_if_better(network, principal, valid, state.stateful[READOUT])
     state.stage = name
     state.step += 1
     yield Record(metrics, milestone=True, examples=len(train_vectors))
@@ -260,9 +264,9 @@ def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64) -> Tenso
 
 
 def _keep_start_if_better(
-    network: CellularCube, principal: Principal, valid: Tensor, start: ReadoutStep | None
+    network: CellularCube, principal: Principal, valid: Tensor, start: ReadoutStep | None = None
 ) -> dict[str, float]:
-    """Where the main phase's best weights are worse on the validation split than what it began with, or than PCA, go back."""
+    """Where what the main phase led to is worse on the validation split than what it began with, or than PCA, go back."""
     size = network.config.code_size
     pca = float((principal.reconstructed(valid, size) - valid).square().sum() / valid.square().sum())
     own = validation(valid)(network)["valid_fvu"]
@@ -273,4 +277,6 @@ def _keep_start_if_better(
     fell_back = own > pca
     if fell_back:
         network.start_at_principal(principal)
-    return {"pca_valid_fvu": pca, "went_back_to_readout": float(went_back), "fell_back_to_pca": float(fell_back)}
+        own = pca
+    facts = {"went_back_to_readout": float(went_back), "fell_back_to_pca": float(fell_back)}
+    return {"kept_valid_fvu": own, "pca_valid_fvu": pca, **facts}
