@@ -36,7 +36,7 @@ def evaluate(config: Config, data: SentenceData, state: TrainState) -> dict[str,
 
     fvu: share of variance unexplained, lower is better, 1 for the mean; cosine, centred_cosine: higher is better.
     "<who>/fvu_above_cube": its FVU less the cube's with a 95 % interval over test sentences. cube/gap_closed: share of the way
-    from PCA to the autoencoder of equal size, in FVU; 1 where that autoencoder is no better than PCA and the cube no worse.
+    from PCA to the autoencoder of equal size, in FVU; 0 where that autoencoder is no better than PCA.
     """
     network: CellularCube = state.modules["cube"]
     outputs = test_outputs(config, data, network)
@@ -78,7 +78,7 @@ def _quality(data: SentenceData, outputs: dict[str, Tensor]) -> dict[str, float]
             metrics |= interval(f"{who}/fvu{ABOVE}cube", float(difference.mean()), error)
     gap = metrics["pca/fvu"] - metrics["autoencoder/fvu"]
     gained = metrics["pca/fvu"] - metrics["cube/fvu"]
-    metrics["cube/gap_closed"] = gained / gap if gap > 0 else float(gained >= 0)
+    metrics["cube/gap_closed"] = gained / gap if gap > 0 else 0.0
     metrics |= {f"cube/{name}": value for name, value in norm_summary(outputs["cube"], target).items()}
     metrics |= {f"teacher/{name}": value for name, value in norm_summary(target, target).items() if name != "collapse"}
     return metrics
