@@ -84,9 +84,8 @@ def draw_arms(config: Config, losses: np.ndarray, seconds: dict[str, float]) -> 
         panel.fill_between(steps, curves[index].min(0), curves[index].max(0), color=f"C{index}", alpha=0.12, linewidth=0)
     for name, limit in thresholds_of(curves).items():
         panel.axhline(limit.mean(), color="0.4", linestyle=":", linewidth=0.8)
-        panel.annotate(
-            "1.01 x best of one head" if name == "final" else name, (steps[-1], limit.mean()), ha="right", va="bottom", fontsize=7
-        )
+        label, end, side = ("1.01 x best of one head", steps[0], "left") if name == "final" else (name, steps[-1], "right")
+        panel.annotate(label, (end, limit.mean()), ha=side, va="bottom", fontsize=7)
     panel.set(
         xlabel="step", ylabel="held-out loss", yscale="log", title=f"{losses.shape[1]} paired seeds; bands: lowest to highest"
     )
