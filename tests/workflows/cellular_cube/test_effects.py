@@ -29,17 +29,15 @@ def trained(data, seed, **changes):
     """The network, and its error on the first domain's test sentences when the main phase ends and at the end."""
     config = Config.from_preset("smoke", {**SMALL, **changes, "seed": seed})
     seed_step(seed, 0)
-    state, errors, stage = build(config, data, detect()), [], ""
+    state, before, metrics = build(config, data, detect()), 0.0, {}
+    network, end_of_main = state.modules["cube"], state.stateful["main"].total_steps
     vectors = data.test["embeddings"][data.test["labels"] < data.num_first_domain]
     for record in train(config, data, state):
-        if stage == "main" != state.stage:
-            errors.append(before)
-        stage, network = state.stage, state.modules["cube"]
-        if state.step == state.stateful["main"].total_steps:
+        if state.step == end_of_main:
             before = unexplained(network, vectors)
         metrics = record.metrics
         seed_step(seed, state.step)
-    return network, [*errors, unexplained(network, vectors)], metrics
+    return network, (before, unexplained(network, vectors)), metrics
 
 
 @torch.no_grad()
