@@ -216,7 +216,10 @@ def test_a_bad_time_budget_price_or_device_is_refused(capfd, tmp_path, monkeypat
     monkeypatch.setenv("TRAINBOOK_PRICE_PER_HOUR", "cheap")
     assert "is not a number" in mistake(capfd, tmp_path, "run", "timestep_dbn")
     monkeypatch.delenv("TRAINBOOK_PRICE_PER_HOUR")
-    assert "device 'cuda:7' does not work" in mistake(capfd, tmp_path, "run", "timestep_dbn", "--device", "cuda:7")
+    done = trainbook("run", "timestep_dbn", "--device", "cuda:7")  # the notebook finds it
+    assert (done.returncode, "device 'cuda:7' does not work" in done.stderr) == (2, True), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unwritable_folder_is_refused(capfd, tmp_path, monkeypatch):

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 import trainbook
-from trainbook.__main__ import _parser
+from trainbook.__main__ import COMMANDS
+from trainbook.options import parser_for
 from trainbook.workflows.license_plates.config import Config
 
 FOLDER = Path(trainbook.__file__).parent / "workflows" / "license_plates"
 PAGE = (FOLDER / "README.md").read_text()
-COMMANDS = re.findall(r"^trainbook (run license_plates[^\n#]*?)(?:   .*)?$", PAGE, re.MULTILINE)
+EXAMPLES = re.findall(r"^trainbook (run license_plates[^\n#]*?)(?:   .*)?$", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_commands_are_understood(command):
-    given = _parser(["run"]).parse_args(command.split())
+    given = parser_for(["run"], COMMANDS).parse_args(command.split())
     assert given.name == "license_plates"
 
 
