@@ -1,12 +1,14 @@
 """Every workflow keeps the contract; a new one is tested because it exists."""
 
 import inspect
+import math
 
 import pytest
 
 from tests.driving import Drive, assert_same_run
 from trainbook import catalog
 from trainbook.comparison import ABOVE, STANDARD_ERROR
+from trainbook.optimization import OptimizationConfig
 from trainbook.report import SERIES
 from trainbook.run import prepare
 
@@ -106,3 +108,18 @@ def test_a_smoke_run_killed_again_and_again_resumes_bit_for_bit(finished, tmp_pa
         assert killed() < 0, share
     assert Drive(tmp_path, "killed", {}, name)() == 0
     assert_same_run(killed.folder, finished.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"accumulation": 2}, {"precision": "bfloat16"}, {"processes": 2}], ids=str)
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if issubclass(catalog.load(name).Config, OptimizationConfig)])
+def test_the_options_of_training_by_gradient_come_with_every_workflow(name, options, tmp_path):
+    """It trains to its end with each; that each computes what it says is tested in test_accumulation and test_distributed."""
+    processes = options.get("processes", 1)
+    overrides = {} if processes > 1 else options
+    drive = Drive(tmp_path, "with", overrides, name, processes=processes)
+    assert drive() == 0
+    summary, records = drive.folder.summary(), drive.folder.history()
+    assert summary["step"] == summary["total_steps"] == records[-1]["step"]
+    assert summary["segments"][-1]["processes"] == (processes if catalog.load(name).Config.DATA_PARALLEL else 1)
+    assert all(math.isfinite(value) for record in records for value in record.values() if isinstance(value, float))
