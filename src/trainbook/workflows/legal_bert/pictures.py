@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from trainbook.attention import attention_weights
 from trainbook.data import Data
-from trainbook.plots import baseline_bars, draw_attention, heatmap, new_figure
+from trainbook.plots import draw_attention, heatmap, new_figure
 from trainbook.state import TrainState
 from trainbook.workflows.legal_bert.config import Config
 from trainbook.workflows.legal_bert.data import label_names, to_texts, tokenizer_of
@@ -40,15 +40,12 @@ def draw_data(config: Config, data: Data) -> dict[str, Figure]:
 
 
 def draw(config: Config, data: Data, state: TrainState, history: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Confusion, F1 by label, where TF-IDF wins, everybody's scores, attention over words and between tokens."""
+    """Confusion, F1 by label, where TF-IDF wins, attention over words and between tokens."""
     found, names = answer(config, data, state), label_names(data)
     figures = {
         "confusion": draw_confusion(found, names),
         "f1_by_label": draw_f1(found, names),
         "where_tfidf_wins": draw_lengths(data, found),
-        "comparison": baseline_bars(
-            {name: value for name, value in history[-1].items() if isinstance(value, float)}, ["micro_f1", "macro_f1"]
-        ),
     }
     if config.pooling == "attention_max":
         figures["attention_over_words"] = draw_words(config, data, state, found, names)
