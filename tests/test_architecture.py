@@ -12,7 +12,18 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trainbook"
 ROWS = [
     {"errors", "devices"},
     {"config", "runtime", "files", "tables", "seeding", "distributed", "buffers", "signals", "intervals", "kernel", "live"},
-    {"optimization", "acceleration", "brief", "checkpoints", "bootstrap", "pipeline", "colab", "comparison"},
+    {
+        "optimization",
+        "acceleration",
+        "brief",
+        "checkpoints",
+        "bootstrap",
+        "pipeline",
+        "colab",
+        "comparison",
+        "downloads",
+        "near_duplicates",
+    },
     {
         "state",
         "data",

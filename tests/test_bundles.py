@@ -30,8 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = catalog.names()
 SPEC = RunSpec(workflow="timestep_dbn", preset="smoke", overrides={"timesteps": 4}, run_id="mine", time_budget="5h")
 
-LAYOUTS = ("notebooks/someone/earlier-part/runs", "earlier-part/runs")  # where a platform puts an earlier part's output
-
 # Appended to a bundle: where the kit of the kernel and of its children comes from, and what network there is.
 PROOF = """
 import socket, subprocess, sys
@@ -421,9 +419,9 @@ def test_a_bundle_runs_on_colab_without_a_network(colab_run):
     assert colab_run.report.is_file()
 
 
-def test_a_bundle_goes_on_on_kaggle_from_a_read_only_input_bit_for_bit(colab_run, images, tmp_path):
+@pytest.mark.parametrize("layout", ["notebooks/someone/earlier-part/runs", "earlier-part/runs"])
+def test_a_bundle_goes_on_on_kaggle_from_a_read_only_input_bit_for_bit(layout, colab_run, images, tmp_path):
     name, steps = colab_run.summary()["workflow"], colab_run.summary()["total_steps"]
-    layout = LAYOUTS[NAMES.index(name) % len(LAYOUTS)]  # test_handover goes on from every layout
     stopped = Drive(tmp_path / "inputs" / layout, "mine", {}, name, signal_step=steps // 2, signal_number=signal.SIGTERM)
     assert stopped() == 0
     assert stopped.folder.summary()["status"] == "stopped"

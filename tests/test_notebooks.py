@@ -10,7 +10,7 @@ import jupytext
 import nbformat
 import pytest
 
-from trainbook import catalog
+from trainbook import catalog, runtime
 from trainbook.files import read_json
 from trainbook.records import find_run
 
@@ -72,7 +72,8 @@ def by_papermill(request, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     notebook = FOLDER / f"{request.param}.ipynb"
     options = ["-p", "preset", "smoke", "-p", "run_id", "mine"]
-    environment = {**os.environ, "TRAINBOOK_DATA": str(elsewhere / "data")}  # and no TRAINBOOK_RUNS
+    environment = {name: value for name, value in os.environ.items() if name not in runtime.SETTINGS.values()}
+    environment[runtime.DATA] = str(elsewhere / "data")
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", *options]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

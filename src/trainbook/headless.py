@@ -34,7 +34,7 @@ def execute(
         0 complete, 1 failed, 2 bad input, 3 stopped and resumable.
 
     Raises:
-        UserError: for what `run.start` refuses, or a folder in which a process is training.
+        UserError: for what `run.start` refuses without looking at the device, or a folder in which a process is training.
     """
     if runtime.group_size() > 1:
         from trainbook.worker import train_in_group

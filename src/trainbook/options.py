@@ -34,12 +34,15 @@ def parser_for(arguments: list[str], functions: dict[str, Callable[[argparse.Nam
         return added
 
     def of_each_workflow(
-        name: str, add: Callable[[argparse.ArgumentParser, catalog.Workflow], None], required: bool = True
+        name: str,
+        add: Callable[[argparse.ArgumentParser, catalog.Workflow], None],
+        required: bool = True,
+        **before: tuple[str, ...],
     ) -> argparse.ArgumentParser:
-        """A command that takes a workflow's name and then options, some of them the workflow's."""
+        """A command that takes words of given choices, a workflow's name and then options, some of them the workflow's."""
         parser = command(name)
-        if name == "bundle":
-            parser.add_argument("platform", choices=PLATFORMS)
+        for word, choices in before.items():
+            parser.add_argument(word, choices=choices)
         names = parser.add_subparsers(required=required, metavar="NAME", dest="name")
         for workflow in map(catalog.load, catalog.names() if arguments[:1] == [name] else []):
             add(names.add_parser(workflow.name, help=workflow.title, allow_abbrev=False), workflow)
@@ -54,7 +57,7 @@ def parser_for(arguments: list[str], functions: dict[str, Callable[[argparse.Nam
     run_parser.add_argument("--spec", type=Path, help="run what this run.toml says, instead of NAME and its options")
     of_each_workflow("sweep", _add_sweep)
     of_each_workflow("tune", _add_tune)
-    of_each_workflow("bundle", _add_bundle)
+    of_each_workflow("bundle", _add_bundle, platform=PLATFORMS)
     for name in ("resume", "verify", "report"):
         one = command(name)
         one.add_argument("run", help="run id, or path of the run folder")

@@ -59,7 +59,7 @@ def run_trial(
         ends_early: asked while the run goes on; True lets it save and stop.
 
     Raises:
-        UserError: for what no run on this machine could do, such as a device that does not work.
+        UserError: for what can be refused without looking at the device, see `headless.execute`.
     """
     folder = RunFolder(runtime.runs_folder() / run_id)
     result = read_result(folder)

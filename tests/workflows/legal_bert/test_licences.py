@@ -15,7 +15,6 @@ from trainbook.workflows.legal_bert import licences
 from trainbook.workflows.legal_bert.clauses import read_clauses
 from trainbook.workflows.legal_bert.config import Config
 from trainbook.workflows.legal_bert.licences import DISTRIBUTIONS, Clause, cut, distinct, licence_clauses, licence_paragraphs
-from trainbook.workflows.legal_bert.near_duplicates import near_pairs
 
 PREINSTALLED = Path(__file__).parents[2] / "preinstalled"
 
@@ -139,13 +138,6 @@ def test_no_clause_nearly_repeats_another(found):
         shingles.append({tuple(words[i : i + 3]) for i in range(len(words) - 2)})
     for i, a in enumerate(shingles):
         assert all(len(a & b) < 0.6 * len(a | b) for b in shingles[:i])
-
-
-def test_near_pairs_are_found_by_their_definition():
-    others = ["one two three four five six seven", "nothing alike at all here"]
-    texts = ["One, two three four five six seven!", "one two three four five six eight", "seven six five four three two one"]
-    assert near_pairs(texts, others).T.tolist() == [[0, 0], [1, 0]]  # 5 / 5, 4 / 6, 0
-    assert near_pairs(["a b", "c d"], ["c d"]).T.tolist() == [[1, 0]]
 
 
 def test_another_process_finds_the_same_texts_and_parts():

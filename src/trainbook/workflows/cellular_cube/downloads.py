@@ -1,14 +1,11 @@
 """Text corpora that are fetched file by file, from one commit each, and checked against the SHA-256 of what was looked at."""
 
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainbook.downloads import fetch_missing
 from trainbook.errors import UserError
-from trainbook.files import file_sha256, write_atomic
-
-TIMEOUT_SECONDS = 60
+from trainbook.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -54,24 +51,12 @@ def fetch(files: tuple[TextFile, ...], text_folder: str, data_folder: Path) -> l
     """
     paths = [Path(text_folder or data_folder) / file.place for file in files]
     for file, path in zip(files, paths, strict=True):
-        if not path.is_file():
-            if text_folder:
-                raise UserError(f"there is no {path}", f"put it there from {file.url}, or leave text_folder empty to download it")
-            _download(file, path)
+        if text_folder and not path.is_file():
+            raise UserError(f"there is no {path}", f"put it there from {file.url}, or leave text_folder empty to download it")
+        remedy = f"turn the internet on, put the file at {path} yourself, or use --corpus docstrings, which needs no network"
+        fetch_missing({path: file.url}, file.place, remedy)
         if (found := file_sha256(path)) != file.sha256:
             raise UserError(
                 f"{path} is not the file of {file.url}: its SHA-256 is {found}", "delete it, so that it is fetched again"
             )
     return paths
-
-
-def _download(file: TextFile, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(file.url, timeout=TIMEOUT_SECONDS) as answer:
-            write_atomic(path, answer.read())
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(
-            f"cannot download {file.url}: {error}",
-            f"turn the internet on, put the file at {path} yourself, or use --corpus docstrings, which needs no network",
-        ) from None

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainbook.comparison import HIGH, LOW
+from trainbook.near_duplicates import words
 from trainbook.workflows.cellular_cube.retrieval import nearest
-from trainbook.workflows.cellular_cube.sentences import words
 from trainbook.workflows.cellular_cube.teachers import Teacher
 
 CHRF_ORDER, CHRF_BETA = 6, 2

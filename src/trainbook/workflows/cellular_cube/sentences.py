@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from trainbook.errors import UserError
+from trainbook.near_duplicates import near_pairs, words
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.downloads import FILES, fetch
 
@@ -83,11 +83,6 @@ def read_corpora(config: Config, data_folder: Path) -> list[Corpus]:
 def normalised(sentence: str) -> str:
     """Lower-case words and numbers with single spaces: what makes two sentences the same."""
     return " ".join(words(sentence))
-
-
-def words(sentence: str) -> list[str]:
-    """Lower-case words and numbers of a sentence."""
-    return re.findall(r"[^\W_]+", sentence.lower())
 
 
 def docstrings(number: int) -> Corpus:
@@ -187,7 +182,7 @@ def wikisplit(paths: Sequence[Path]) -> Corpus:
     triples = np.array([[index[normalised(text)] for text in row] for row in rows], dtype=np.int64)
     # A half that two rows share ties both rows together.
     ties = [(int(row_of[place]), row) for row, places in enumerate(triples) for place in places]
-    groups = _components(ties, len(rows))[row_of]
+    groups = _components(np.array(ties).T, len(rows))[row_of]
     source = "WikiSplit (Botha et al. 2018), tune, validation and test, github.com/google-research-datasets/wiki-split"
     return Corpus(kept, labels, WIKISPLIT_PARTS, groups, source, "CC BY-SA 4.0", synthetic=False, triples=triples)
 
@@ -236,38 +231,19 @@ def _without_repeats(texts: list[str], *columns: list[int]) -> tuple:
 def near_duplicates(texts: Sequence[str], threshold: float) -> np.ndarray:
     """Groups of sentences that are joined by chains of pairs whose word sets have Jaccard similarity >= threshold.
 
-    |A and B| / |A or B| >= t needs a common word among the |A| - ceil(t |A|) + 1 rarest of A, and likewise of B, so only
-    sentences that share such a rare word are compared; the result is exact.
-
     Args:
         texts: N sentences.
-        threshold: t in (0, 1].
+        threshold: in (0, 1].
 
     Returns:
         (N,) int64 group numbers.
-
-    Source: Chaudhuri et al. (2006), A Primitive Operator for Similarity Joins, the prefix filter.
     """
-    sets = [set(words(text)) for text in texts]
-    frequency: dict[str, int] = defaultdict(int)
-    for one in sets:
-        for word in one:
-            frequency[word] += 1
-    postings: dict[str, list[int]] = defaultdict(list)
-    pairs = []
-    for index, one in enumerate(sets):
-        rare = sorted(one, key=lambda word: (frequency[word], word))[: len(one) - int(np.ceil(threshold * len(one) - 1e-9)) + 1]
-        for other in {candidate for word in rare for candidate in postings[word]}:
-            common = len(one & sets[other])
-            if common >= threshold * (len(one) + len(sets[other]) - common) - 1e-9:
-                pairs.append((other, index))
-        for word in rare:
-            postings[word].append(index)
-    return _components(pairs, len(texts))
+    return _components(near_pairs(texts, threshold), len(texts))
 
 
-def _components(pairs: Sequence[tuple[int, int]], number: int) -> np.ndarray:
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+def _components(pairs: np.ndarray, number: int) -> np.ndarray:
+    """Group of each of so many nodes, (number,), of a graph with these edges, (2, pairs)."""
+    rows, columns = pairs
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(number, number))
     return connected_components(graph, directed=False)[1].astype(np.int64)
 

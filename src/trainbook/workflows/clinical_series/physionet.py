@@ -4,14 +4,12 @@ import csv
 import hashlib
 import io
 import tarfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 
+from trainbook.downloads import fetch_missing
 from trainbook.errors import UserError
-from trainbook.files import write_atomic
 from trainbook.runtime import Runtime
 from trainbook.workflows.clinical_series.config import Config
 from trainbook.workflows.clinical_series.recordings import Raster, Recordings
@@ -19,7 +17,6 @@ from trainbook.workflows.clinical_series.recordings import Raster, Recordings
 ADDRESS = "https://physionet.org/files/challenge-2012/1.0.0"
 ARCHIVE, OUTCOMES = "set-a.tar.gz", "Outcomes-a.txt"
 SHA256 = "b284b6ec9d8215ca2ce440f3456a9df32311e1b3db14965ff66a6e3dd8c894e1"  # of all files, see content_sha256
-TIMEOUT_SECONDS = 60
 # The name in the files to ours, where a cuff's reading stands in for a catheter's; and values that no living patient has.
 NAMES = {"NIMAP": "MAP", "NISysABP": "SysABP"}
 LOWEST = {"HR": 10, "MAP": 10, "SysABP": 20, "RespRate": 1, "Temp": 25, "GCS": 3, "Urine": 0, "FiO2": 0.15}
@@ -99,15 +96,6 @@ def _read(place: Path) -> dict[str, str]:
 
 def _fetch(folder: Path) -> dict[str, str]:
     """Both files from PhysioNet; what is there already is not fetched again."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (ARCHIVE, OUTCOMES):
-            if not (folder / name).is_file():
-                with urllib.request.urlopen(f"{ADDRESS}/{name}", timeout=TIMEOUT_SECONDS) as answer:
-                    write_atomic(folder / name, answer.read())
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(
-            f"cannot get PhysioNet 2012 into {folder}: {error}",
-            f"turn the internet on, give data_path, or put {ARCHIVE} and {OUTCOMES} of {ADDRESS} in that folder",
-        ) from None
+    remedy = f"turn the internet on, give data_path, or put {ARCHIVE} and {OUTCOMES} of {ADDRESS} in that folder"
+    fetch_missing({folder / name: f"{ADDRESS}/{name}" for name in (ARCHIVE, OUTCOMES)}, "PhysioNet 2012", remedy)
     return {**_read(folder / ARCHIVE), OUTCOMES: (folder / OUTCOMES).read_text()}

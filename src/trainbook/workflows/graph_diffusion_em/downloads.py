@@ -1,17 +1,14 @@
 """Grey pictures that the literature reports on, fetched file by file and checked against git's own checksum of their folder."""
 
 import hashlib
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainbook.downloads import fetch_missing
 from trainbook.errors import UserError
-from trainbook.files import write_atomic
 
 COMMIT = "e93b27812d3ff523a3a79d19e5e50d233d7a8d0a"
 SOURCE = f"https://raw.githubusercontent.com/cszn/DnCNN/{COMMIT}"
-TIMEOUT_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -45,17 +42,8 @@ def fetch(name: str, data_folder: Path, source: str = SOURCE) -> Path:
     """
     wanted = SETS[name]
     place = data_folder / name
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        for file in wanted.names():
-            if not (place / file).is_file():
-                with urllib.request.urlopen(f"{source}/{wanted.folder}/{file}", timeout=TIMEOUT_SECONDS) as answer:
-                    write_atomic(place / file, answer.read())
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(
-            f"cannot get {name} into {place}: {error}",
-            f"turn the internet on, or put the {wanted.number} files of github.com/cszn/DnCNN, {wanted.folder}, in that folder",
-        ) from None
+    remedy = f"turn the internet on, or put the {wanted.number} files of github.com/cszn/DnCNN, {wanted.folder}, in that folder"
+    fetch_missing({place / file: f"{source}/{wanted.folder}/{file}" for file in wanted.names()}, name, remedy)
     found = tree_sha1({file: (place / file).read_bytes() for file in wanted.names()})
     if found != wanted.tree_sha1:
         raise UserError(f"{place} is not {name}: its checksum is {found}", "delete that folder, so that it is fetched again")

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 
 from trainbook.data import Data, content_sha256
 from trainbook.errors import UserError
+from trainbook.near_duplicates import near_pairs
 from trainbook.runtime import Runtime
 from trainbook.workflows.legal_bert.clauses import SPLIT_SEED, Clauses, read_clauses
 from trainbook.workflows.legal_bert.config import Config
-from trainbook.workflows.legal_bert.near_duplicates import near_pairs
+from trainbook.workflows.legal_bert.licences import NEAR_REPEAT, WORDS_COMPARED
 
 VALID_SHARE, TEST_SHARE = 0.1, 0.2
 LEAST_TEXTS = 5  # of a label
@@ -78,8 +79,10 @@ def _split(clauses: Clauses) -> dict[str, np.ndarray]:
         train, valid = (rest[part] for part in next(cut.split(rest, groups=groups[rest])))
         split = {"train": train, "valid": valid, "test": test}
     held_out = np.concatenate([split["valid"], split["test"]])
-    repeats, _ = near_pairs([clauses.texts[i] for i in split["train"]], [clauses.texts[i] for i in held_out])
-    split["train"] = np.delete(split["train"], repeats)
+    number = len(split["train"])
+    texts = [clauses.texts[index] for index in (*split["train"], *held_out)]
+    first, second = near_pairs(texts, NEAR_REPEAT, WORDS_COMPARED)
+    split["train"] = np.delete(split["train"], first[(first < number) & (second >= number)])
     missing = set(clauses.labels) - {clauses.labels[index] for index in split["train"]}
     if missing:
         raise UserError(f"no training text has the label {', '.join(sorted(missing))}", "give more documents with it")

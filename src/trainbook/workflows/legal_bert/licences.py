@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 
-from trainbook.workflows.legal_bert.near_duplicates import near_pairs
+from trainbook.near_duplicates import near_pairs
 
 # Required by the kit, on both cloud images, and with licence texts. Fixed, so that the same versions give the same clauses.
 DISTRIBUTIONS = (
@@ -59,6 +59,7 @@ SENTENCE = re.compile(r"(?:(?<=[.;:?])|(?<=[.;:?][\"'”)]))(?<!\b[A-Z]\.)(?<!In
 ENDINGS = ".;:,)\"'”?"  # of a clause; a title has none
 LEAST_WORDS, MOST_WORDS = 6, 30
 LEAST_CLAUSES = 20  # of a family
+NEAR_REPEAT, WORDS_COMPARED = 0.6, 3  # share of the sequences of so many words that two texts have in common
 
 
 @dataclass
@@ -151,8 +152,9 @@ def distinct(clauses: list[Clause]) -> list[Clause]:
         return []
     texts = [clause.text for clause in clauses]
     near: dict[int, list[int]] = defaultdict(list)
-    for one, other in near_pairs(texts, texts).T.tolist():
+    for one, other in near_pairs(texts, NEAR_REPEAT, WORDS_COMPARED).T.tolist():
         near[one].append(other)
+        near[other].append(one)
     kept: set[int] = set()
     for index, clause in enumerate(clauses):
         is_shared = any(clauses[other].family != clause.family for other in near[index])
