@@ -32,7 +32,7 @@ def test_two_processes_and_micro_batches_follow_the_curve_of_one(tmp_path):
 
 
 def test_the_romanian_pictures_are_learned_from_one_day_and_tested_on_other_videos(tmp_path):
-    """318 pictures of one ride; validated on a ride at night, tested on two other rides by day."""
+    """318 pictures of one ride; validated on a ride at night, tested on two other rides."""
     if not SHARED.is_file():
         pytest.skip(f"{SHARED} is not there")
     with tarfile.open(SHARED) as archive:
@@ -43,4 +43,5 @@ def test_the_romanian_pictures_are_learned_from_one_day_and_tested_on_other_vide
     run.build()
     run.train(progress=False)
     metrics = run.measure()
+    run.leave()
     assert metrics["detector/ap50"] > 0.15 > 3 * metrics["edges/ap50"]
