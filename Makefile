@@ -9,9 +9,10 @@ PRESET ?= laptop
 demo: .venv/ready
 	$(BIN)/trainbook run timestep_dbn --preset laptop
 
+# Tests of other processes wait for much of their time, so that three workers fill two cores.
 # A worker that crashed is not replaced: with loadfile the next one would wait for tests that never come.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --timeout 300
+	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0 --timeout 300
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o addopts="-ra --strict-markers"

@@ -157,7 +157,7 @@ def test_a_file_is_downloaded_once_checked_and_refused_when_it_is_another(tmp_pa
     path.write_text("another")
     with pytest.raises(UserError, match="SHA-256"):
         fetch((file,), "", tmp_path / "data")
-    with pytest.raises(UserError, match="cannot get wikisplit/text.tsv from http"):
+    with pytest.raises(UserError, match=r"cannot get wikisplit/text\.tsv from http"):
         fetch((file,), "", tmp_path / "elsewhere")
     with pytest.raises(UserError, match="there is no"):
         fetch((file,), str(tmp_path / "empty"), tmp_path / "data")
