@@ -59,7 +59,7 @@ run.config_table()
 # Clauses of 6 to 30 words; the label is the family of the licence. Clauses that name a family, near repeats (Jaccard index of
 # three-word sequences from 0.6) and what two families share are left out; no paragraph is in two parts. Files are split by
 # document, and training texts that nearly repeat a held-out text are taken out. The vocabulary is learned from the training
-# texts. Other versions of the packages carry other texts: the checksum says so, and a run is not continued on them.
+# texts. Other versions of the packages carry other texts: a run keeps its own in its folder and goes on with them anywhere.
 
 # %%
 run.load_data()

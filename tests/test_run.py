@@ -15,6 +15,7 @@ from trainbook.errors import UserError
 from trainbook.records import measured_times, new_run_id
 from trainbook.run import DRAWING_STEP, EVALUATION_STEP, prepare
 from trainbook.seeding import seed_step
+from trainbook.workflows.legal_bert import licences
 
 
 @pytest.fixture
@@ -159,6 +160,29 @@ def test_resume_on_other_data_is_refused(tmp_path):
         run.train(progress=False)
     assert run.data.synthetic is None
     assert run.folder.summary()["status"] == "stopped"
+
+
+def test_a_run_on_texts_of_installed_packages_goes_on_where_their_versions_are_others(tmp_path, monkeypatch):
+    drive = Drive(tmp_path / "runs", "mine", {}, "legal_bert", signal_step=3, signal_number=signal.SIGTERM)
+    assert drive() == 0
+    monkeypatch.setattr(licences, "DISTRIBUTIONS", licences.DISTRIBUTIONS[:-20])
+
+    def load(run_id):
+        run = prepare("legal_bert", "smoke", run_id=run_id)
+        run.load_data()
+        run.build()
+        return run
+
+    assert load("other").data.sha256 != drive.folder.summary()["data"]["sha256"]
+    run = load("mine")
+    run.train(progress=False)
+    run.leave()
+    assert run.trained
+    (kept,) = drive.folder.data.iterdir()
+    assert [text in kept.read_text() for text in ("scikit-learn", "urllib3 ")] == [True, True]
+    kept.unlink()
+    with pytest.raises(UserError, match="was started on other data"):
+        load("mine").train(progress=False)
 
 
 def test_evaluation_and_drawing_have_random_streams_of_their_own():

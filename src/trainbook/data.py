@@ -4,7 +4,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Data:
         licence: the licence it is used under.
         sha256: of the content before any split, so that two runs can tell whether they saw the same data.
         synthetic: True when a program generated it, None when nobody told (a user's file); every output then says so.
+        kept: file name to text that the run folder shall keep, where it could not be read again on another machine; the
+            runtime of a later session has it.
     """
 
     train: dict[str, Tensor]
@@ -37,6 +39,7 @@ class Data:
     licence: str
     sha256: str
     synthetic: bool | None
+    kept: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def rows(self) -> list[list[str]]:
         """Table rows: split, tensor, shape and range; then the provenance."""

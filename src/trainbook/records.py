@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from typing import Any, Literal, TextIO
 from trainbook import __version__
 from trainbook.config import BaseConfig
 from trainbook.errors import UserError
-from trainbook.files import read_json, read_lines, write_json
+from trainbook.files import read_json, read_lines, write_atomic, write_json
 
 logger = logging.getLogger("trainbook")
 
@@ -96,6 +97,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.system = path / "system.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.data = path / "data"  # what could not be read again elsewhere
         self.figures = path / "figures"
         self.export = path / "export"
         self.logs = path / "logs"
@@ -160,6 +162,17 @@ class RunFolder:
                 f"{k} = {old.get(k)}, not {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
             )
         raise UserError(f"{self.path} holds a run with {difference}", "choose another --run-id, or `trainbook resume` that run")
+
+    def keep_data(self, kept: Mapping[str, str]) -> None:
+        """Keep texts that the data were made of, see `Data.kept`; what is kept already stays as it is."""
+        for name, text in kept.items():
+            if not (self.data / name).exists():
+                self.data.mkdir(exist_ok=True)
+                write_atomic(self.data / name, text.encode())
+
+    def kept_data(self) -> dict[str, str]:
+        """What `keep_data` kept, by file name."""
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(self.data.glob("[!.]*"))}
 
     def check_writable(self) -> None:
         """Refuse a folder that cannot be written, or made.

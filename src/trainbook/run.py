@@ -174,7 +174,7 @@ class Run:
         Raises:
             UserError: when it is missing, or not allowed in an authentic run.
         """
-        self.data = self.workflow.load_data(self.config, self.runtime)
+        self.data = self.workflow.load_data(self.config, replace(self.runtime, kept=self.folder.kept_data()))
         if self.authentic and (self.data.synthetic is not False or not self.data.sha256):
             raise UserError("authentic runs need real data with a checksum", "drop --authentic, or choose another data set")
         if get_ipython() is not None:
@@ -251,6 +251,7 @@ class Run:
             self.summary = earlier
             print(f"{self.run_id} is complete already; nothing is trained or measured anew.")
             return
+        self.folder.keep_data(self.data.kept)
         self._begin(earlier)
         with self._session.recorded():
             if self.runtime.processes > 1 and distributed.size() == 1:

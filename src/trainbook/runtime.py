@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,7 @@ class Runtime:
         elsewhere: "checkpoints" and "logs" to a folder that shall hold them instead of the run folder.
         input_folders: read-only folders, such as the outputs of earlier sessions, where a run to continue may lie.
         mirror_folder: a folder that outlives the machine, to which runs are copied while they train, or None.
+        kept: what an earlier session of the run kept of its data, see `Data.kept`.
         reasons: for platform, device, dtype and time budget, why.
     """
 
@@ -98,6 +100,7 @@ class Runtime:
     memory_limit: int | None = None
     elsewhere: dict[str, Path] = field(default_factory=dict)
     input_folders: tuple[Path, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[list[str]]:

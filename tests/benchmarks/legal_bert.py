@@ -31,7 +31,7 @@ def compare() -> tuple[pairing.Comparison, float]:
     """Rounds of a few steps each, ours and the bare loop's, on the same batches; and how far apart the weights end."""
     total = (ROUNDS + 1) * STEPS
     config = Config(dropout=0.0, validate_every=0, warmup_steps=0, schedule="constant", learning_rate=2e-5)
-    data = load_data(config, SimpleNamespace(device="cpu", data_folder=None))
+    data = load_data(config, SimpleNamespace(device="cpu", data_folder=None, kept={}))
     seed_step(0, 0)
     state: TrainState = build(config, data, SimpleNamespace(device="cpu"))
     model = copy.deepcopy(state.modules["model"])

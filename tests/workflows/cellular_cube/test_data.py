@@ -8,7 +8,7 @@ import torch
 
 from tests.workflows.cellular_cube.test_sentences import SHARED, needs_text
 from trainbook.errors import UserError
-from trainbook.workflows.cellular_cube import teachers
+from trainbook.workflows.cellular_cube import sentences, teachers
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.data import load_data
 from trainbook.workflows.cellular_cube.teachers import TfidfSvd, load_teacher, mean_pool, minilm_folder
@@ -18,8 +18,8 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
-def load(tmp_path, **fields):
-    return load_data(Config.from_preset("smoke", fields), SimpleNamespace(device="cpu", data_folder=tmp_path))
+def load(tmp_path, kept=None, **fields):
+    return load_data(Config.from_preset("smoke", fields), SimpleNamespace(device="cpu", data_folder=tmp_path, kept=kept or {}))
 
 
 def test_vectors_are_in_standard_units_and_can_be_taken_back(tmp_path):
@@ -38,6 +38,18 @@ def test_vectors_are_in_standard_units_and_can_be_taken_back(tmp_path):
     other_seed = load(tmp_path, seed=5)
     assert other_seed.sha256 == data.sha256
     assert torch.equal(other_seed.train["embeddings"], train)
+
+
+def test_what_a_run_keeps_is_the_same_data_where_the_packages_are_others(tmp_path, monkeypatch):
+    data = load(tmp_path)
+    monkeypatch.setattr(sentences, "PACKAGES", sentences.PACKAGES[:4])
+    assert load(tmp_path).sha256 != data.sha256
+    again = load(tmp_path, data.kept)
+    assert again.sha256 == data.sha256
+    assert (again.sentences, again.label_names, again.source, again.licence, again.kept) == (
+        data.sentences, data.label_names, data.source, data.licence, data.kept,
+    )  # fmt: skip
+    assert all(torch.equal(again.train[name], data.train[name]) for name in data.train)
 
 
 def test_no_sentence_is_in_two_splits(tmp_path):

@@ -28,7 +28,7 @@ from trainbook.workflows.legal_bert.data import (
 from trainbook.workflows.legal_bert.licences import licence_clauses
 
 BRIEF = Path(__file__).parents[4] / "shared/notes/training.yaml"
-RUNTIME = SimpleNamespace(device="cpu", data_folder=None)
+RUNTIME = SimpleNamespace(device="cpu", data_folder=None, kept={})
 WORDS = ["company", "shall", "pay", "rent", "notice", "term", "audit", "books", "law", "state", "sell", "assign", "consent"]
 
 
@@ -121,7 +121,7 @@ def test_jsonl_and_csv_are_the_same_data(tmp_path):
     assert one.synthetic is None
     assert label_names(one) == ["audit", "law", "rent"]
     assert torch.equal(one.test["ids"], two.test["ids"])
-    alone = read_clauses(of_file(tmp_path / "mine.csv", group_field="nothing"))
+    alone = read_clauses(of_file(tmp_path / "mine.csv", group_field="nothing"), {})
     assert len(set(alone.groups)) == 120
 
 
@@ -174,7 +174,7 @@ def test_lexglue_keeps_its_own_split(monkeypatch):
     assert [len(part["labels"]) for part in (data.train, data.valid, data.test)] == [40, 40, 40]
     assert label_names(data) == ["Adjustments", "Waivers"]
     assert all("audit test" in text for text in to_texts(data.test["text"]))
-    few = read_clauses(Config(dataset="lexglue", max_clauses=10))
+    few = read_clauses(Config(dataset="lexglue", max_clauses=10), {})
     assert len(few.texts) == 30
 
 

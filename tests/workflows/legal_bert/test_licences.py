@@ -141,13 +141,13 @@ def test_no_clause_nearly_repeats_another(found):
 
 
 def test_another_process_finds_the_same_texts_and_parts():
-    code = "from trainbook.workflows.legal_bert.clauses import *; print(read_clauses(Config()))"
+    code = "from trainbook.workflows.legal_bert.clauses import *; print(read_clauses(Config(), {}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
-    assert done.stdout == f"{read_clauses(Config())}\n"
+    assert done.stdout == f"{read_clauses(Config(), {})}\n"
 
 
 def test_a_paragraph_is_in_one_part_and_a_family_in_all_three():
-    clauses = read_clauses(Config())
+    clauses = read_clauses(Config(), {})
     parts: dict[str, set[str]] = {}
     for group, part in zip(clauses.groups, clauses.parts, strict=True):
         parts.setdefault(group, set()).add(part)
@@ -176,4 +176,4 @@ def test_the_packages_are_on_both_platforms_and_needed_here():
 def test_an_environment_without_licence_texts_is_refused(monkeypatch):
     monkeypatch.setattr(licences, "DISTRIBUTIONS", ("mdurl", "no-such-distribution"))
     with pytest.raises(UserError, match=r"carry \d+ licence clauses, which are too few"):
-        read_clauses(Config())
+        read_clauses(Config(), {})

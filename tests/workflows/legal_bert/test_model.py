@@ -17,7 +17,7 @@ from trainbook.workflows.legal_bert.model import make_model
 from trainbook.workflows.legal_bert.pictures import words_of
 from trainbook.workflows.legal_bert.training import build, train
 
-RUNTIME = SimpleNamespace(device="cpu", data_folder=None)
+RUNTIME = SimpleNamespace(device="cpu", data_folder=None, kept={})
 CONFIG = Config(width=16, num_heads=2, num_layers=2, max_sequence_length=24)
 
 

@@ -13,7 +13,7 @@ from trainbook.workflows.legal_bert.evaluation import evaluate
 from trainbook.workflows.legal_bert.training import build, train
 
 CUAD = Path(__file__).parents[4] / "shared/data/legal/cuad_clauses16.jsonl"  # beside the checkout
-RUNTIME = SimpleNamespace(device="cpu", data_folder=None)
+RUNTIME = SimpleNamespace(device="cpu", data_folder=None, kept={})
 CPU_SECONDS = 180
 
 

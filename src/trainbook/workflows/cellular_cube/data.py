@@ -15,7 +15,7 @@ from trainbook.data import Data
 from trainbook.runtime import Runtime
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.embedding_cache import EmbeddingCache
-from trainbook.workflows.cellular_cube.sentences import Corpus, read_corpora, split
+from trainbook.workflows.cellular_cube.sentences import Corpus, kept_corpora, read_corpora, split
 from trainbook.workflows.cellular_cube.teachers import Teacher, load_teacher
 
 logger = logging.getLogger("trainbook")
@@ -63,7 +63,7 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
     Raises:
         UserError: when the text or the teacher cannot be had, or there are too few sentences.
     """
-    corpora = read_corpora(config, runtime.data_folder)
+    corpora = read_corpora(config, runtime.data_folder, runtime.kept)
     sentences: dict[str, list[str]] = {name: [] for name in SPLITS}
     labels: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     triples: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -91,6 +91,7 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
         licence=_joined(corpora, "licence"),
         sha256=_sha256(sentences, labels, teacher),
         synthetic=corpora[0].synthetic,
+        kept=kept_corpora(config, corpora),
         sentences={name: tuple(texts) for name, texts in sentences.items()},
         label_names=tuple(label_names),
         num_first_domain=len(corpora[0].label_names) if len(corpora) > 1 else (len(label_names) + 1) // 2,

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ NEAR_DUPLICATE = 0.7  # Jaccard similarity of two sentences' word sets from whic
 SPARE = 1.3  # sentences read per sentence wanted, for those that turn out to be duplicates
 MIN_WORDS, MAX_WORDS = 4, 40
 WIKISPLIT_PARTS = ("unsplit", "first half", "second half")
+KEPT = "docstrings.json"
 SPLITTER = "<::::>"  # between the halves in WikiSplit's second column
 
 
@@ -65,19 +66,33 @@ class Corpus:
     triples: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
 
 
-def read_corpora(config: Config, data_folder: Path) -> list[Corpus]:
+def read_corpora(config: Config, data_folder: Path, kept: Mapping[str, str]) -> list[Corpus]:
     """The corpora that a config names: one, or CLINC150 and WikiSplit for "mixed".
+
+    Args:
+        config: which, and how many sentences.
+        data_folder: for downloads.
+        kept: what the run kept, see `kept_corpora`: other versions of the packages have other docstrings.
 
     Raises:
         UserError: when a file cannot be read or had.
     """
     if config.corpus == "docstrings":
-        return [docstrings(config.max_sentences)]
+        return [_docstrings(**json.loads(kept[KEPT])) if KEPT in kept else docstrings(config.max_sentences)]
     if config.corpus == "file":
         return [text_file(Path(config.text_file))]
     names = ("clinc150", "wikisplit") if config.corpus == "mixed" else (config.corpus,)
     read = {"clinc150": clinc150, "wikisplit": wikisplit}
     return [read[name](fetch(FILES[name], config.text_folder, data_folder)) for name in names]
+
+
+def kept_corpora(config: Config, corpora: Sequence[Corpus]) -> dict[str, str]:
+    """What `read_corpora` needs to find the same sentences on a machine with other packages: file name to text."""
+    if config.corpus != "docstrings":
+        return {}
+    (corpus,) = corpora
+    fields = {name: getattr(corpus, name) for name in ("sentences", "label_names", "source", "licence")}
+    return {KEPT: json.dumps({**fields, "labels": corpus.labels.tolist()}, indent=0)}
 
 
 def normalised(sentence: str) -> str:
@@ -103,15 +118,13 @@ def docstrings(number: int) -> Corpus:
             names.append(module)
             versions.append(f"{distribution} {importlib.metadata.version(distribution)} ({licence})")
     texts, labels = _without_repeats(texts, labels)
-    return Corpus(
-        texts,
-        labels,
-        tuple(names),
-        near_duplicates(texts, NEAR_DUPLICATE),
-        "first sentences of the docstrings of " + ", ".join(version.rpartition(" ")[0] for version in versions),
-        "each package's: " + ", ".join(versions),
-        synthetic=False,
-    )
+    source = "first sentences of the docstrings of " + ", ".join(version.rpartition(" ")[0] for version in versions)
+    return _docstrings(texts, labels, names, source, "each package's: " + ", ".join(versions))
+
+
+def _docstrings(sentences: list[str], labels: Sequence[int], label_names: Sequence[str], source: str, licence: str) -> Corpus:
+    groups = near_duplicates(sentences, NEAR_DUPLICATE)
+    return Corpus(sentences, np.array(labels), tuple(label_names), groups, source, licence, synthetic=False)
 
 
 def _of_package(module: str, quota: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainbook.workflows.legal_bert.licences import licence_clauses
 SPLIT_SEED = 20_261_127  # the split belongs to the data, not to the run
 FOLDS = ("test", "test", "valid", *["train"] * 7)
 FEWEST_LICENCE_CLAUSES = 200
+KEPT = "clauses.json"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class Clauses:
     packages: list[str]
 
 
-def read_clauses(config: Config) -> Clauses:
+def read_clauses(config: Config, kept: Mapping[str, str]) -> Clauses:
     """The texts of a run's source.
+
+    Args:
+        config: which source, and how many texts.
+        kept: what the run kept, see `kept_clauses`: other versions of the packages carry other licences.
 
     Raises:
         UserError: when a file cannot be read, lacks a field, or the data set cannot be had.
@@ -48,7 +54,7 @@ def read_clauses(config: Config) -> Clauses:
     if config.dataset == "lexglue":
         return _lexglue(config)
     if config.dataset == "licences":
-        return _licences(config)
+        return Clauses(**json.loads(kept[KEPT])) if KEPT in kept else _licences(config)
     rows = _rows(Path(config.data_file))
     fields = (config.text_field, config.label_field, config.group_field)
     about = (f"{Path(config.data_file).name}, a file of the user's", "as the user knows", None)
@@ -64,6 +70,11 @@ def read_clauses(config: Config) -> Clauses:
     chosen = _spread(len(texts), config.max_clauses)
     picked = ([values[index] for index in chosen] for values in (texts, labels, groups))
     return Clauses(*picked, *about, [""] * len(chosen), [""] * len(chosen))
+
+
+def kept_clauses(config: Config, clauses: Clauses) -> dict[str, str]:
+    """What `read_clauses` needs to find the same clauses on a machine with other packages: file name to text."""
+    return {KEPT: json.dumps(asdict(clauses), indent=0)} if config.dataset == "licences" else {}
 
 
 def _spread(number: int, most: int) -> np.ndarray:
@@ -90,7 +101,7 @@ def _licences(config: Config) -> Clauses:
         [clause.family for clause in clauses],
         [f"paragraph {clause.paragraph}" for clause in clauses],
         f"licence texts in the metadata of installed packages: {', '.join(carriers)}",
-        "the licences' own; they are read where they are installed",
+        "the licences' own",
         True,
         parts[chosen].tolist(),
         [", ".join(clause.packages) for clause in clauses],

@@ -16,7 +16,7 @@ from trainbook.data import Data, content_sha256
 from trainbook.errors import UserError
 from trainbook.near_duplicates import near_pairs
 from trainbook.runtime import Runtime
-from trainbook.workflows.legal_bert.clauses import SPLIT_SEED, Clauses, read_clauses
+from trainbook.workflows.legal_bert.clauses import SPLIT_SEED, Clauses, kept_clauses, read_clauses
 from trainbook.workflows.legal_bert.config import Config
 from trainbook.workflows.legal_bert.licences import NEAR_REPEAT, WORDS_COMPARED
 
@@ -34,7 +34,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     Raises:
         UserError: when texts cannot be had or there are too few of a label.
     """
-    clauses = read_clauses(config)
+    clauses = read_clauses(config, runtime.kept)
     names = sorted(set(clauses.labels))
     rare = [name for name in names if clauses.labels.count(name) < LEAST_TEXTS]
     if rare or len(names) < 2:
@@ -62,7 +62,14 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         }
     digest = content_sha256([to_bytes(clauses.texts), to_bytes(clauses.labels), to_bytes(clauses.groups)])
     synthetic = None if clauses.is_real is None else not clauses.is_real
-    return Data(**splits, source=clauses.source, licence=clauses.licence, sha256=digest, synthetic=synthetic).to(runtime.device)
+    return Data(
+        **splits,
+        source=clauses.source,
+        licence=clauses.licence,
+        sha256=digest,
+        synthetic=synthetic,
+        kept=kept_clauses(config, clauses),
+    ).to(runtime.device)
 
 
 def _split(clauses: Clauses) -> dict[str, np.ndarray]:
