@@ -162,6 +162,24 @@ def test_resume_on_other_data_is_refused(tmp_path):
     assert run.folder.summary()["status"] == "stopped"
 
 
+def test_a_session_with_other_versions_says_so_and_the_report_keeps_both(stopped, monkeypatch):
+    found = records.provenance()
+    packages = {**found["packages"], "torch": "2.99.0"}
+    monkeypatch.setattr("trainbook.run.provenance", lambda: {**found, "git": "f" * 40, "packages": packages})
+    run = prepare("timestep_dbn", "smoke", SMALL_DBN)
+    run.load_data()
+    run.build()
+    run.train(progress=False)
+    run.evaluate()
+    run.finish()
+    (warning,) = [line for line in stopped.folder.log.read_text().splitlines() if "the session before" in line]
+    assert f"torch {torch.__version__.split('+')[0]}" in warning
+    assert "kit ffffffff and torch 2.99.0" in warning
+    page = stopped.folder.report.read_text()
+    assert "<td>ffffffff, 2.99.0</td>" in page
+    assert f", {found['packages']['torch']}</td>" in page
+
+
 def test_a_run_on_texts_of_installed_packages_goes_on_where_their_versions_are_others(tmp_path, monkeypatch):
     drive = Drive(tmp_path / "runs", "mine", {}, "legal_bert", signal_step=3, signal_number=signal.SIGTERM)
     assert drive() == 0

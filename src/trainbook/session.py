@@ -51,7 +51,18 @@ class Session:
             readings = [r for r in read_lines(folder.system) if r["session"] >= earlier[-1]["started"]]
             if readings:
                 earlier[-1].update(last_step=readings[-1]["step"], seconds=readings[-1]["seconds"])
+        kit = facts["provenance"]
+        versions = {"kit": (kit["git"] or kit["trainbook"])[:8], "torch": kit["packages"]["torch"]}
+        before = earlier[-1].get("versions", versions) if earlier else versions
+        if before != versions:
+            logger.warning(
+                "the session before ran with kit %s and torch %s, this one with kit %s and torch %s: from here on bits may "
+                "differ from what theirs would have been",
+                *before.values(),
+                *versions.values(),
+            )
         self.segment = {
+            "versions": versions,
             "platform": runtime.platform,
             "device": runtime.device,
             "device_name": runtime.device_name(),
