@@ -17,6 +17,27 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Taken first, longest first, so that no worker is left with one of them when the others have done.
+LONGEST = (
+    "distributed",
+    "bundles",
+    "resume",
+    "command_line",
+    "notebooks",
+    "contract",
+    "colab_launcher",
+    "colab",
+    "chain",
+    "blocks",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take a minute or more at the front."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Every test has its own working folder and run folders, and no setting of the person who runs it."""

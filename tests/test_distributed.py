@@ -15,7 +15,7 @@ from trainbook import distributed
 from trainbook.errors import UserError
 from trainbook.files import read_json
 
-STEPS = 400
+STEPS = 200
 EVERYTHING = {
     "dropout": 0.0,
     "steps": STEPS,
@@ -77,13 +77,13 @@ def test_a_checkpoint_is_the_same_thing_whoever_wrote_it(runs):
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path, kind):
     """One process, then two, then one."""
     several = {"processes": 2, "parallel": kind}
-    sessions = [{"signal_step": 130}, {"signal_step": 260, **several}, {}]
+    sessions = [{"signal_step": 70}, {"signal_step": 140, **several}, {}]
     for session in sessions:
         assert drive(tmp_path, "moved", signal_number=signal.SIGTERM, **session)() == 0
     folder = drive(tmp_path, "moved").folder
     segments = read_json(folder.run_json)["segments"]
     assert [s["processes"] for s in segments] == [1, 2, 1]
-    assert 130 <= segments[1]["first_step"] < 260 <= segments[2]["first_step"] < STEPS
+    assert 70 <= segments[1]["first_step"] < 140 <= segments[2]["first_step"] < STEPS
     history, expected = folder.history(), drive(runs, "one").folder.history()
     assert [record["step"] for record in history] == list(range(1, STEPS + 1))
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in expected], rel=2e-4)
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_killed_and_resumed_are_bit_identical(runs, tmp_path, kind):
     several = {"processes": 2, "parallel": kind}
-    killed = drive(tmp_path, "killed", checkpoint_seconds=0.02, signal_step=300, **several)
+    killed = drive(tmp_path, "killed", checkpoint_seconds=0.02, signal_step=150, **several)
     assert killed() == 1  # whoever waits for the processes lives on and says what happened
     summary = read_json(killed.folder.run_json)
     assert summary["status"] == "failed"

@@ -66,7 +66,11 @@ def test_the_parameters_cell_holds_plain_literals(name):
     assert values == {"preset": "laptop", "overrides": {}, "run_id": "", "authentic": False}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+# The bundles of all workflows, which hold the same cells, are run by default (test_bundles.py); here two are.
+@pytest.fixture(
+    scope="module",
+    params=[name if name in ("timestep_dbn", "nerf") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+)
 def by_papermill(request, tmp_path_factory):
     """`papermill notebooks/NAME.ipynb out.ipynb -p preset smoke` from another folder: the name and that folder."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
