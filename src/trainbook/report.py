@@ -91,7 +91,7 @@ def write(folder: RunFolder, summary: dict | None = None) -> None:
             verdicts=verdict_table(summary["verdicts"]) if "verdicts" in summary else None,
             config=Table(["field", "value", f"{summary['preset']} has", "allowed", "meaning"], config.rows(summary["preset"])),
             figures=figures,
-            texts=[(path.stem, path.read_text()) for path in sorted(folder.export.glob("*.txt"))],
+            texts=[(path.stem.replace("_", " "), path.read_text()) for path in sorted(folder.export.glob("*.txt"))],
         )
     )
     write_atomic(folder.report, page.encode())
