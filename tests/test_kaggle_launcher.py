@@ -555,7 +555,7 @@ def test_a_session_that_was_killed_ends_with_3_and_goes_on_with_the_same_command
 @pytest.mark.platforms
 def test_a_cell_that_fails_is_a_failure_with_its_reason(desk):
     desk = desk()
-    code, output = desk.launch("--dataset", "file", "--data-file", "nowhere.npz")
+    code, output = desk.launch("--dataset", "file", "--data-file", "/kaggle/input/mine/nowhere.npz")
     assert code == 1
     assert "ended with ERROR and wrote no run.json" in output
     assert "nowhere.npz" in output
