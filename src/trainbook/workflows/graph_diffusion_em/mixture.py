@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from trainbook.layers import product
 
-CHUNK = 1024  # patches whose outer products are summed at once
-ROWS = 256  # patches that are whitened at once, for all components: they stay in the cache
+CHUNK = 4096  # patches whose outer products are summed at once
+ROWS = 512  # patches that are whitened at once, for all components: they stay in the cache
 LEAST_RESPONSIBILITY = 1e-3  # components with less are left out of a posterior mean
 LEAST_COUNT = 1e-8  # of patches; a component with fewer stays as it is, which is also optimal
 
@@ -59,13 +59,18 @@ class GaussianMixture(nn.Module):
         offset = whitening @ self.means.double().unsqueeze(2)
         log_scale = self.weights.double().log() - factor.diagonal(dim1=1, dim2=2).log().sum(1)
         log_scale = (log_scale - 0.5 * math.log(2 * math.pi) * d).to(z)
-        # L^-1 (z - m) of all components as one product: a column of ones takes off the means.
-        flat = torch.cat([whitening, -offset], 2).reshape(1, K * d, d + 1).to(z).transpose(1, 2).contiguous()
-        z = torch.cat([z, z.new_ones(len(z), 1)], 1)
-        found, white = [], z.new_empty(1, min(ROWS, len(z)), K * d)
+        # L^-1 (z - m) of all components as one product per half, the upper half of L^-1 being zero on the right. A column of ones
+        # takes off the means. Rows stand coefficient by coefficient, so that squares are summed over whole vectors of components.
+        halves = []
+        for begin, end in ((0, d // 2), (d // 2, d)):
+            rows = torch.cat([-offset, whitening], 2)[:, begin:end, : end + 1]
+            halves.append(rows.transpose(0, 1).reshape(1, -1, end + 1).to(z).transpose(1, 2).contiguous())
+        z = torch.cat([z.new_ones(len(z), 1), z], 1)
+        found = []
         for part in z.split(ROWS):
-            product(part.unsqueeze(0), flat, out=white[:, : len(part)])
-            found.append(log_scale - 0.5 * white[0, : len(part)].view(-1, K, d).square_().sum(-1))
+            white = [product(part[None, :, : half.shape[1]], half)[0].view(len(part), -1, K) for half in halves]
+            squares = sum(one.square_().sum(1) for one in white)
+            found.append(torch.add(log_scale, squares, alpha=-0.5))
         return torch.cat(found)
 
 
@@ -80,22 +85,18 @@ def expectation(mixture: GaussianMixture, z: Tensor) -> Statistics:
     """E-step over all patches, (N, d)."""
     K, d = mixture.means.shape
     r, log_density = responsibilities(mixture.log_joint(z))
-    # In the precision of the patches, chunk by chunk, summed in float64. Of the symmetric outer products only half is made.
-    halves = z.new_zeros(K, d * (d + 1) // 2, dtype=torch.float64)
-    first = z.new_zeros(K, d, dtype=torch.float64)
-    outer = z.new_empty(CHUNK, d * (d + 1) // 2)
-    for part, share in zip(z.split(CHUNK), r.to(z.dtype).split(CHUNK), strict=True):
-        begin = 0
-        for row in range(d):
-            torch.mul(part[:, row:], part[:, row : row + 1], out=outer[: len(part), begin : begin + d - row])
-            begin += d - row
-        halves += product(share.T.unsqueeze(0), outer[: len(part)].unsqueeze(0))[0]
-        first += share.T @ part
-    rows, columns = torch.triu_indices(d, d, device=z.device)
-    second = halves.new_zeros(K, d, d)
-    second[:, rows, columns] = halves
-    second[:, columns, rows] = halves
-    return Statistics(r.sum(0), first, second, float(log_density.sum()))
+    # What a component does not answer for, less than rounding of its own count, is left out. The sums are made in the precision
+    # of the patches, chunk by chunk, and added up in float64; a column of ones gives those of first order.
+    count, shares = r.sum(0), r.T.to(z.dtype).contiguous()
+    least = torch.finfo(z.dtype).eps * count / len(z)
+    ones = torch.cat([z, z.new_ones(len(z), 1)], 1)
+    sums = z.new_zeros(K, d, d + 1, dtype=torch.float64)
+    for k in range(K):
+        for part in (shares[k] > least[k]).nonzero().squeeze(1).split(CHUNK):
+            near = ones[part]
+            weighted = near[:, :d] * shares[k, part, None]
+            sums[k] += product(weighted.T.unsqueeze(0), near.unsqueeze(0))[0]
+    return Statistics(count, sums[:, :, d], sums[:, :, :d], float(log_density.sum()))
 
 
 @torch.no_grad()
