@@ -68,6 +68,8 @@ class Config(OptimizationConfig):
     """Noise floor of the mixture, in grey levels: no direction of a component has a smaller deviation."""
     codebook_stride: int = Field(default=2, ge=1, le=8)
     """Pixels between the patches that the codebook estimates."""
+    codebook_rank: int = Field(default=0, ge=0)
+    """Directions of each component that choose a patch's components; 0 takes all, fewer are faster and slightly worse."""
 
     diffusion: Literal["attention", "heat", "pagerank", "explicit", "none"] = "attention"
     """Along the graph: attention heads learned by EM; or a Laplacian's heat kernel, personalised PageRank or Euler steps, with
@@ -93,6 +95,8 @@ class Config(OptimizationConfig):
     """Patches in a group besides the first."""
     polish_stride: int = Field(default=5, ge=1, le=8)
     """Pixels between groups."""
+    polish_scales: int = Field(default=2, ge=0, le=4)
+    """Coarse scales, each half as large as the one after it, that are polished first; 0 leaves them out."""
 
     network: Literal["supervised", "noise2noise", "none"] = "supervised"
     """Also train the unrolled network: on clean targets, on noisy ones, or not at all."""
