@@ -35,9 +35,9 @@ def knn_graph(image: Tensor, size: int, num_neighbours: int, radius: int, sigma:
     """Nearest neighbours of patches within a window of (2 radius + 1)^2 offsets.
 
     delta_ij = max(0, |z_i - z_j|^2 / d - 2 sigma^2), whose mean is the distance of the clean patches. With
-    |z_i - z_j|^2 = |z_i|^2 + |z_j|^2 - 2 z_i.z_j the products of a patch with all of its window are a correlation, the patch
-    being the kernel; so no candidate is cut out. In float32 a distance is off by at most about 1e-6 for values in [0, 1]. The
-    memory is linear in the number of pixels.
+    |z_i - z_j|^2 = |z_i|^2 + |z_j|^2 - 2 z_i.z_j the products of a patch with all patches of its window are one correlation,
+    whose kernel is the patch. In float32 a distance is off by about 1e-6 for values in [0, 1]. The memory is linear in the
+    number of pixels.
 
     Args:
         image: (C, H, W).

@@ -55,9 +55,8 @@ def polish(noisy: Tensor, pilot: Tensor, graph: Graph, sigma: float) -> tuple[Te
     members = torch.cat([graph.grid.nodes().unsqueeze(1), graph.neighbours], 1)
     for part in members.split(CHUNK):
         nodes, shape = part.flatten(), (*part.shape, -1)
-        estimate, variance = group_posterior(
-            pilot.index_select(0, nodes).view(shape), noisy.index_select(0, nodes).view(shape), sigma
-        )
+        groups = (patches.index_select(0, nodes).view(shape) for patches in (pilot, noisy))
+        estimate, variance = group_posterior(*groups, sigma)
         precision = 1 / variance
         total.index_add_(0, nodes, estimate.mul_(precision[:, None, None]).flatten(0, 1))
         weights.index_add_(0, nodes, precision.repeat_interleave(part.shape[1]))
