@@ -127,8 +127,8 @@ def compare_denoisers() -> list[pairing.Comparison]:
             image = set12[number][1]
             y = noisy(image, number)
             ours, theirs = partial(denoise, settings, mixture, y, SIGMA), partial(peers[name](), y, SIGMA)
-            options = {"benchmark": f"{label}, {image.shape[1]} pixels", "peer": name, "unit": "megapixels"}
-            comparisons.append(pairing.alternate(ours, theirs, ROUNDS, units=image.numel() / 1e6, **options))
+            options = {"benchmark": f"{label}, {image.shape[1]} pixels", "peer": name, "unit": "kilopixels"}
+            comparisons.append(pairing.alternate(ours, theirs, ROUNDS, units=image.numel() / 1e3, **options))
     for who in ("ours", "ours_fast"):
         if "bm3d" in found:
             difference = np.mean(found[who]) - np.mean(found["bm3d"])

@@ -20,6 +20,7 @@ class Config(OptimizationConfig):
         "smoke": {
             "num_components": 6, "codebook_patches": 2000, "em_iterations": 4, "train_crops": 48, "valid_crops": 8,
             "test_size": 48, "num_neighbours": 8, "search_radius": 5, "head_em_nodes": 200, "polish_neighbours": 15,
+            "polish_passes": 1, "polish_scales": 1,
             "num_epochs": 2, "batch_size": 8, "width": 16, "ablation_seeds": 2, "ablation_steps": 2, "ablation_every": 1,
             "ablation_width": 8,
         },

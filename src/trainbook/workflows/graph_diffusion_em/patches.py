@@ -141,23 +141,27 @@ def overlay(pixels: Tensor, weights: Tensor, grid: PatchGrid) -> Tensor:
         (C, H, W)
     """
     size, places = grid.size, (grid.height - grid.size + 1, grid.width - grid.size + 1)
-    planes = torch.mul(pixels.T, weights, out=pixels.new_empty(pixels.shape[1], len(weights)))
+    planes = pixels.T.clone(memory_format=torch.contiguous_format).mul_(weights)
     planes = planes.view(-1, size, size, len(grid.rows), len(grid.columns))
     image = pixels.new_zeros(len(planes), grid.height, grid.width)
-    for down, right in itertools.product(range(size), repeat=2):
-        for (i, rows), (j, columns) in itertools.product(_runs(grid.rows, down), _runs(grid.columns, right)):
-            image[:, rows, columns] += planes[:, down, right, i, j]
+    for (i, rows), (j, columns) in itertools.product(_runs(grid.rows), _runs(grid.columns)):
+        for down, right in itertools.product(range(size), repeat=2):
+            image[:, _moved(rows, down), _moved(columns, right)] += planes[:, down, right, i, j]
     mass = weights.new_zeros(places[0] * places[1]).index_copy_(0, grid.nodes(), weights).view(1, *places)
     return image / (size**2 * avg_pool2d(pad(mass, (size - 1,) * 4), size, 1))
 
 
-def _runs(begins: Tensor, shift: int) -> list[tuple[slice, slice]]:
-    """Which patches and which pixels: those at equal distances, and the last one where it is nearer."""
-    first, last, number = int(begins[0]), int(begins[-1]), len(begins)
-    step = int(begins[1]) - first if number > 1 else 1
-    even = number if last == first + (number - 1) * step else number - 1
-    runs = [(slice(even), slice(first + shift, first + shift + (even - 1) * step + 1, step))]
-    return runs if even == number else [*runs, (slice(even, number), slice(last + shift, last + shift + 1))]
+def _runs(begins: Tensor) -> list[tuple[slice, range]]:
+    """Patches at equal distances and where they begin, and the last one where it is nearer."""
+    places = begins.tolist()
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = len(places) - (places[-1] != places[0] + (len(places) - 1) * step)
+    runs = [(slice(even), range(places[0], places[even - 1] + 1, step))]
+    return runs if even == len(places) else [*runs, (slice(even, None), range(places[-1], places[-1] + 1))]
+
+
+def _moved(places: range, shift: int) -> slice:
+    return slice(places.start + shift, places.stop + shift, places.step)
 
 
 def mean_columns(size: int, channels: int) -> Tensor:
