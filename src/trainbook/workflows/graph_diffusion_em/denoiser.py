@@ -68,6 +68,8 @@ def polish_scales(config: Config, noisy: Tensor, image: Tensor, sigma: float) ->
 
     At scale n means over squares of f = 2^n pixels, whose noise is sigma / f, are polished; the change, interpolated, is added.
     Scales at which the picture holds too few patches are left out.
+
+    Source: Facciolo et al. 2017, Conservative scale recomposition for multiscale denoising, for why; not their recomposition.
     """
     for scale in range(config.polish_scales, 0, -1):
         factor = 2**scale
