@@ -28,7 +28,8 @@
 #    isotropic head this is exactly one step of approximate personalised PageRank with a learned restart. Instead of it:
 #    heat kernel $e^{-tL}$, PageRank $(I + tL)^{-1}$ or Euler steps, with diffusion times $\lambda_c = \sigma^2\kappa_c$ per
 #    coefficient, learned by a closed-form EM.
-# 4. **Polish.** Groups of similar patches, each a Gaussian learned from the estimate so far (NL-Bayes).
+# 4. **Polish.** Groups of similar patches, each a Gaussian learned from the estimate so far (NL-Bayes); at a quarter and at half
+#    of the size first, because noise that is wider than a patch is narrower there.
 # 5. **Network.** The same rounds unrolled, trained by gradient on clean targets or on noisy ones (Noise2Noise), with the loss
 #    $L = |\hat x - x|^2 / (2\sigma^2\,\mathrm{pixels})$: 0.5 where nothing is removed, by definition. Its last layer starts at
 #    zero, so that is where it starts.
@@ -155,9 +156,9 @@ run.draw()
 # distances BM3D is hard to beat, and large trained networks (DRUNet) are better everywhere.
 #
 # **References.** Dempster et al. 1977 (EM); Zoran and Weiss 2011 (patch mixtures, EPLL); Teodoro et al. 2015 (mixtures from noisy
-# pictures); Lebrun et al. 2013 (NL-Bayes); Buades et al. 2005 (non-local means); Dabov et al. 2007 (BM3D); Klicpera et al. 2019
-# (personalised PageRank in graphs; diffusion improves graph learning); Pang and Cheung 2017 (graph Laplacian denoising);
-# Lehtinen et al. 2018 (Noise2Noise); Makitalo and Foi 2013 (photon noise).
+# pictures); Lebrun et al. 2013 (NL-Bayes); Facciolo et al. 2017 (coarse scales); Buades et al. 2005 (non-local means); Dabov et
+# al. 2007 (BM3D); Klicpera et al. 2019 (personalised PageRank in graphs; diffusion improves graph learning); Pang and Cheung 2017
+# (graph Laplacian denoising); Lehtinen et al. 2018 (Noise2Noise); Makitalo and Foi 2013 (photon noise).
 
 # %%
 run.finish()

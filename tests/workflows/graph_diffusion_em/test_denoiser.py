@@ -7,7 +7,7 @@ from skimage import data as photos
 from trainbook.workflows.graph_diffusion_em import baselines
 from trainbook.workflows.graph_diffusion_em.codebook import start_codebook
 from trainbook.workflows.graph_diffusion_em.config import Config
-from trainbook.workflows.graph_diffusion_em.denoiser import codebook_estimate, denoise
+from trainbook.workflows.graph_diffusion_em.denoiser import codebook_estimate, denoise, polish_scales
 from trainbook.workflows.graph_diffusion_em.mixture import em_step
 from trainbook.workflows.graph_diffusion_em.patches import mean_columns, patchify
 
@@ -62,6 +62,31 @@ def test_parts_that_are_left_out_are_left_out(mixture, pictures):
     assert torch.equal(found.image, codebook_estimate(mixture, noisy, SIGMA, 8, bare.codebook_stride))
     assert found.diffused is None
     assert not found.attention
+
+
+def test_coarse_scales_are_polished_at_their_noise_and_their_change_is_added(pictures):
+    """A picture of 96 x 96 at half its size, by hand; the width that 2 does not divide keeps its size."""
+    noisy, _ = pictures
+    plain = SETTINGS.model_copy(update={"polish_scales": 0})
+    image = torch.nn.functional.avg_pool2d(noisy, 5, 1, 2)
+    halves = [one.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4)) for one in (noisy, image)]
+    change = polish_scales(plain, *halves, SIGMA / 2) - halves[1]
+    change = torch.nn.functional.interpolate(change[None], scale_factor=2, mode="bilinear")[0]
+    once = SETTINGS.model_copy(update={"polish_scales": 1})
+    torch.testing.assert_close(polish_scales(once, noisy, image, SIGMA), polish_scales(plain, noisy, image + change, SIGMA))
+    assert polish_scales(SETTINGS, noisy[:, :, :-3], image[:, :, :-3], SIGMA).shape == (1, 96, 93)
+    small = noisy[:, :22, :22], image[:, :22, :22]  # its half has no window with enough patches
+    assert torch.equal(polish_scales(once, *small, SIGMA), polish_scales(plain, *small, SIGMA))
+
+
+def test_coarse_scales_remove_noise_that_is_wider_than_a_patch():
+    clean = torch.full((1, 96, 96), 0.5)
+    noisy = clean + SIGMA * torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
+    image = torch.nn.functional.avg_pool2d(noisy, 9, 1, 4)
+    with_scales, without = (
+        polish_scales(SETTINGS.model_copy(update={"polish_scales": scales}), noisy, image, SIGMA) for scales in (2, 0)
+    )
+    assert psnr(with_scales, clean) > psnr(without, clean) + 1
 
 
 def test_a_clean_picture_stays_as_the_noise_goes_to_nothing(mixture, pictures):

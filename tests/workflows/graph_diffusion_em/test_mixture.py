@@ -93,6 +93,42 @@ def test_statistics_do_not_depend_on_the_chunks(monkeypatch):
     torch.testing.assert_close(expectation(mixture, z).second, whole.second)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_patches_left_out_of_a_component_are_within_rounding(dtype, tolerance):
+    """Components far apart, so that most responsibilities are tiny: the sums are those over all patches."""
+    z, mixture = problem(14, N=500, K=6, d=7)
+    z, mixture = (3 * z).to(dtype), mixture.to(dtype)
+    mixture.means.copy_(z[:6])
+    r, _ = responsibilities(mixture.log_joint(z))
+    assert 0.05 < float((r < torch.finfo(dtype).eps * r.sum(0) / len(z)).double().mean()) < 0.95
+    statistics, z = expectation(mixture, z), z.double()
+    torch.testing.assert_close(statistics.first, r.T @ z, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(statistics.second, torch.einsum("nk,ni,nj->kij", r, z, z), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_a_low_rank_is_the_mixture_whose_small_eigenvalues_are_their_mean(rank):
+    z, mixture = problem(15, K=4, d=6)
+    expected, spectrum = [], torch.linalg.eigh(mixture.covariances)
+    for weight, mean, covariance in zip(mixture.weights, mixture.means, mixture.covariances, strict=True):
+        values, vectors = torch.linalg.eigh(covariance + 0.2 * torch.eye(6))
+        values[: 6 - rank] = values[: 6 - rank].mean()
+        normal = multivariate_normal(mean.numpy(), (vectors * values @ vectors.T).numpy())
+        expected.append(torch.from_numpy(normal.logpdf(z.numpy())) + weight.log())
+    found = mixture.low_rank_log_joint(z, spectrum, 0.2, rank)
+    torch.testing.assert_close(found, torch.stack(expected, 1))
+
+
+def test_the_posterior_mean_of_all_directions_is_that_of_high_rank():
+    """With all but one direction kept nothing is approximated; with few the estimate differs, but is no worse than the noise."""
+    z, mixture = problem(16, N=400, K=5, d=8)
+    exact, variance = posterior_mean(mixture, z, 0.5)
+    for found, expected in zip(posterior_mean(mixture, z, 0.5, 7), (exact, variance), strict=True):
+        torch.testing.assert_close(found, expected)
+    error = (posterior_mean(mixture, z, 0.5, 2)[0] - exact).square().mean()
+    assert 1e-8 < float(error) < 0.5**2
+
+
 def test_the_m_step_is_the_constrained_optimum():
     """No random admissible parameters near it, and none found by gradient, have a larger expected log-likelihood."""
     z, mixture = problem(7, d=2, K=2, floor=0.6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from trainbook.workflows.graph_diffusion_em.patches import PatchGrid, aggregate, mean_columns, patch_basis, patchify
+from trainbook.workflows.graph_diffusion_em.patches import PatchGrid, aggregate, cut, mean_columns, overlay, patch_basis, patchify
 
 
 @pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 1), (8, 3), (5, 3)])
@@ -33,6 +33,7 @@ def test_aggregate_undoes_patchify_for_any_weights(height, width, stride, channe
         assert len(z) == ((height - 8) // stride + 1) * ((width - 8) // stride + 1)
     weights = torch.rand(len(z), dtype=torch.float64) + 0.1
     torch.testing.assert_close(aggregate(z, weights, grid), image)
+    torch.testing.assert_close(overlay(cut(image, 8, stride), weights, grid), image)
 
 
 def test_aggregate_is_the_weighted_mean_of_what_lies_over_a_pixel():

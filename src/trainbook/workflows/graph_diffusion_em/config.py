@@ -20,6 +20,7 @@ class Config(OptimizationConfig):
         "smoke": {
             "num_components": 6, "codebook_patches": 2000, "em_iterations": 4, "train_crops": 48, "valid_crops": 8,
             "test_size": 48, "num_neighbours": 8, "search_radius": 5, "head_em_nodes": 200, "polish_neighbours": 15,
+            "polish_passes": 1, "polish_scales": 1,
             "num_epochs": 2, "batch_size": 8, "width": 16, "ablation_seeds": 2, "ablation_steps": 2, "ablation_every": 1,
             "ablation_width": 8,
         },
@@ -66,8 +67,10 @@ class Config(OptimizationConfig):
     """Iterations of EM; each is a step of the run."""
     codebook_floor: float = Field(default=2.0, gt=0, le=20)
     """Noise floor of the mixture, in grey levels: no direction of a component has a smaller deviation."""
-    codebook_stride: int = Field(default=2, ge=1, le=8)
+    codebook_stride: int = Field(default=3, ge=1, le=8)
     """Pixels between the patches that the codebook estimates."""
+    codebook_rank: int = Field(default=0, ge=0)
+    """Directions of each component that choose a patch's components; 0 takes all, fewer are faster and slightly worse."""
 
     diffusion: Literal["attention", "heat", "pagerank", "explicit", "none"] = "attention"
     """Along the graph: attention heads learned by EM; or a Laplacian's heat kernel, personalised PageRank or Euler steps, with
@@ -78,21 +81,23 @@ class Config(OptimizationConfig):
     """With diffusion = attention: how often the estimates become the next round's centres; more can smooth too much."""
     num_neighbours: int = Field(default=16, ge=1, le=128)
     """Edges of each node of the graph."""
-    search_radius: int = Field(default=10, ge=2, le=32)
+    search_radius: int = Field(default=16, ge=2, le=32)
     """Neighbours are looked for this many pixels to each side."""
-    graph_stride: int = Field(default=2, ge=1, le=8)
+    graph_stride: int = Field(default=3, ge=1, le=8)
     """Pixels between nodes that attend."""
     head_em_steps: int = Field(default=4, ge=0, le=100)
     """Iterations of EM for the heads, per picture and round."""
     head_em_nodes: int = Field(default=2000, ge=0)
     """Nodes that this EM looks at; 0 takes all."""
 
-    polish_passes: int = Field(default=1, ge=0, le=4)
+    polish_passes: int = Field(default=2, ge=0, le=4)
     """Passes of NL-Bayes over groups of similar patches; 0 leaves it out."""
     polish_neighbours: int = Field(default=31, ge=4, le=255)
     """Patches in a group besides the first."""
-    polish_stride: int = Field(default=5, ge=1, le=8)
+    polish_stride: int = Field(default=4, ge=1, le=8)
     """Pixels between groups."""
+    polish_scales: int = Field(default=2, ge=0, le=4)
+    """Coarse scales, each half as large as the one after it, that are polished first; 0 leaves them out."""
 
     network: Literal["supervised", "noise2noise", "none"] = "supervised"
     """Also train the unrolled network: on clean targets, on noisy ones, or not at all."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from trainbook.layers import product
 
-CHUNK = 1024  # patches whose outer products are summed at once
-ROWS = 256  # patches that are whitened at once, for all components: they stay in the cache
-LEAST_RESPONSIBILITY = 1e-3  # components with less are left out of a posterior mean
+CHUNK = 4096  # patches whose outer products are summed at once
+ROWS = 512  # patches that are whitened at once, for all components: they stay in the cache
+LEAST_RESPONSIBILITY = 1e-2  # components with less are left out of a posterior mean
 LEAST_COUNT = 1e-8  # of patches; a component with fewer stays as it is, which is also optimal
 
 
@@ -59,13 +59,45 @@ class GaussianMixture(nn.Module):
         offset = whitening @ self.means.double().unsqueeze(2)
         log_scale = self.weights.double().log() - factor.diagonal(dim1=1, dim2=2).log().sum(1)
         log_scale = (log_scale - 0.5 * math.log(2 * math.pi) * d).to(z)
-        # L^-1 (z - m) of all components as one product: a column of ones takes off the means.
-        flat = torch.cat([whitening, -offset], 2).reshape(1, K * d, d + 1).to(z).transpose(1, 2).contiguous()
-        z = torch.cat([z, z.new_ones(len(z), 1)], 1)
-        found, white = [], z.new_empty(1, min(ROWS, len(z)), K * d)
+        # L^-1 (z - m) of all components as one product per half, the upper half of L^-1 being zero on the right. A column of ones
+        # takes off the means. Rows stand coefficient by coefficient, so that squares are summed over whole vectors of components.
+        halves = []
+        for begin, end in ((0, d // 2), (d // 2, d)):
+            rows = torch.cat([-offset, whitening], 2)[:, begin:end, : end + 1]
+            halves.append(rows.transpose(0, 1).reshape(1, -1, end + 1).to(z).transpose(1, 2).contiguous())
+        z = torch.cat([z.new_ones(len(z), 1), z], 1)
+        found = []
         for part in z.split(ROWS):
-            product(part.unsqueeze(0), flat, out=white[:, : len(part)])
-            found.append(log_scale - 0.5 * white[0, : len(part)].view(-1, K, d).square_().sum(-1))
+            white = [product(part[None, :, : half.shape[1]], half)[0].view(len(part), -1, K) for half in halves]
+            squares = sum(one.square_().sum(1) for one in white)
+            found.append(torch.add(log_scale, squares, alpha=-0.5))
+        return torch.cat(found)
+
+    def low_rank_log_joint(self, z: Tensor, spectrum: tuple[Tensor, Tensor], extra_variance: float, rank: int) -> Tensor:
+        """`log_joint` of the mixture whose components keep q directions each, the rest being white; (N, d) -> (N, K).
+
+        `spectrum` is that of the covariances, as torch.linalg.eigh gives it.
+
+        With eigenvectors v of S_k + v I, the q largest eigenvalues l and the mean t of the others,
+        (z - m)^T S^-1 (z - m) = |z - m|^2 / t - sum_q (1/t - 1/l) (v . (z - m))^2: q products a component, not d / 2.
+
+        Source: Tipping and Bishop 1999, Mixtures of probabilistic principal component analysers, section 3.
+        """
+        K, d = self.means.shape
+        values, vectors, means = spectrum[0].double() + extra_variance, spectrum[1], self.means.double()
+        white, kept = values[:, : d - rank].mean(1), values[:, d - rank :]
+        directions = vectors[:, :, d - rank :].double() * (1 / white[:, None] - 1 / kept).clamp(min=0).sqrt().unsqueeze(1)
+        offset = (means.unsqueeze(1) @ directions).transpose(0, 2).reshape(1, -1)
+        log_scale = self.weights.double().log() - 0.5 * (kept.log().sum(1) + (d - rank) * white.log() + d * math.log(2 * math.pi))
+        # One product: rows of directions as in `log_joint`, then 2 m . z / t - |m|^2 / t of all components.
+        flat = torch.cat([directions.permute(1, 2, 0).reshape(d, -1), 2 * means.T / white], 1)
+        flat = torch.cat([torch.cat([-offset, -(means.square().sum(1) / white)[None]], 1), flat]).to(z)
+        z, lengths = torch.cat([z.new_ones(len(z), 1), z], 1), z.square().sum(1, keepdim=True)
+        found = []
+        for part, length in zip(z.split(ROWS), lengths.split(ROWS), strict=True):
+            rows = product(part.unsqueeze(0), flat.unsqueeze(0))[0]
+            squares = rows[:, : rank * K].view(len(part), rank, K).square_().sum(1)
+            found.append(torch.add(log_scale.to(z), squares.add_(rows[:, rank * K :]) - length / white.to(z), alpha=0.5))
         return torch.cat(found)
 
 
@@ -80,22 +112,18 @@ def expectation(mixture: GaussianMixture, z: Tensor) -> Statistics:
     """E-step over all patches, (N, d)."""
     K, d = mixture.means.shape
     r, log_density = responsibilities(mixture.log_joint(z))
-    # In the precision of the patches, chunk by chunk, summed in float64. Of the symmetric outer products only half is made.
-    halves = z.new_zeros(K, d * (d + 1) // 2, dtype=torch.float64)
-    first = z.new_zeros(K, d, dtype=torch.float64)
-    outer = z.new_empty(CHUNK, d * (d + 1) // 2)
-    for part, share in zip(z.split(CHUNK), r.to(z.dtype).split(CHUNK), strict=True):
-        begin = 0
-        for row in range(d):
-            torch.mul(part[:, row:], part[:, row : row + 1], out=outer[: len(part), begin : begin + d - row])
-            begin += d - row
-        halves += product(share.T.unsqueeze(0), outer[: len(part)].unsqueeze(0))[0]
-        first += share.T @ part
-    rows, columns = torch.triu_indices(d, d, device=z.device)
-    second = halves.new_zeros(K, d, d)
-    second[:, rows, columns] = halves
-    second[:, columns, rows] = halves
-    return Statistics(r.sum(0), first, second, float(log_density.sum()))
+    # What a component does not answer for, less than rounding of its own count, is left out. The sums are made in the precision
+    # of the patches, chunk by chunk, and added up in float64; a column of ones gives those of first order.
+    count, shares = r.sum(0), r.T.to(z.dtype).contiguous()
+    least = torch.finfo(z.dtype).eps * count / len(z)
+    ones = torch.cat([z, z.new_ones(len(z), 1)], 1)
+    sums = z.new_zeros(K, d, d + 1, dtype=torch.float64)
+    for k in range(K):
+        for part in (shares[k] > least[k]).nonzero().squeeze(1).split(CHUNK):
+            near = ones[part]
+            weighted = near[:, :d] * shares[k, part, None]
+            sums[k] += product(weighted.T.unsqueeze(0), near.unsqueeze(0))[0]
+    return Statistics(count, sums[:, :, d], sums[:, :, :d], float(log_density.sum()))
 
 
 @torch.no_grad()
@@ -186,7 +214,7 @@ def codebook_mixture(centres: Tensor, z: Tensor, floor: float) -> GaussianMixtur
 
 
 @torch.no_grad()
-def posterior_mean(mixture: GaussianMixture, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+def posterior_mean(mixture: GaussianMixture, z: Tensor, sigma: float, rank: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and mean variance of clean patches given noisy ones, z = x + N(0, sigma^2 I).
 
     E[x | z] = sum_k r_k [m_k + Sx_k (Sx_k + sigma^2 I)^-1 (z - m_k)] with Sx_k = S_k - floor^2 I. The variance is that within
@@ -196,25 +224,27 @@ def posterior_mean(mixture: GaussianMixture, z: Tensor, sigma: float) -> tuple[T
         mixture: of clean patches.
         z: (N, d).
         sigma: in the patches' units, positive.
+        rank: directions of each component that the responsibilities look at; 0 or d takes all.
 
     Returns:
         (N, d) and (N,).
     """
-    d = z.shape[1]
+    K, d = mixture.means.shape
     extra = sigma**2 - mixture.floor**2
-    log_joint = mixture.log_joint(z, extra)
-    r = log_joint.softmax(1)
+    values, vectors = spectrum = torch.linalg.eigh(mixture.covariances)
+    r = (mixture.low_rank_log_joint(z, spectrum, extra, rank) if 0 < rank < d else mixture.log_joint(z, extra)).softmax(1)
     r = torch.where(r >= LEAST_RESPONSIBILITY, r, 0)
     r /= r.sum(1, keepdim=True)
-    eye = torch.eye(d, dtype=torch.float64, device=z.device)
-    clean = mixture.covariances.double() - mixture.floor**2 * eye
-    gain = torch.linalg.solve(clean + sigma**2 * eye, clean)  # symmetric: the two matrices commute
-    variance = sigma**2 * gain.diagonal(dim1=1, dim2=2).mean(1)
-    gain = gain.to(z)
+    clean = (values - mixture.floor**2).clamp(min=0)
+    kept = clean / (clean + sigma**2)
+    gain = vectors * kept.unsqueeze(1) @ vectors.mT
+    offset = mixture.means.unsqueeze(1) - mixture.means.unsqueeze(1) @ gain
+    affine = torch.cat([gain, offset], 1).to(z)  # x = z gain + offset
+    shares, ones = r.T.contiguous(), torch.cat([z, z.new_ones(len(z), 1)], 1)
     estimate = torch.zeros_like(z)
-    for k in range(len(gain)):
-        rows = r[:, k].nonzero().squeeze(1)
+    for k in range(K):
+        rows = shares[k].nonzero().squeeze(1)
         if len(rows):
-            part = torch.addmm(mixture.means[k], z[rows] - mixture.means[k], gain[k])
-            estimate.index_add_(0, rows, part * r[rows, k, None])
+            estimate.index_add_(0, rows, (ones[rows] * shares[k, rows, None]) @ affine[k])
+    variance = sigma**2 * kept.mean(1)
     return estimate, r @ variance.to(z)

@@ -3,11 +3,15 @@
 # C channels, p patch size, d = C p^2 coefficients, N patches
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
+
+from trainbook.layers import product
 
 
 @dataclass(frozen=True)
@@ -80,25 +84,32 @@ def patch_basis(size: int, channels: int) -> Tensor:
     return torch.kron(colours, torch.kron(cosines, cosines))
 
 
+def cut(image: Tensor, size: int, stride: int = 1) -> Tensor:
+    """Pixels of a picture's patches, (C, H, W) -> (N, C p^2), channel by channel, row by row.
+
+    The last row and column of patches is always among them. Where s divides H - p and W - p,
+    N = ((H - p) / s + 1) ((W - p) / s + 1).
+    """
+    grid = PatchGrid.of(*image.shape[1:], size, stride, image.device)
+    windows = image.unfold(1, size, 1).unfold(2, size, 1)  # (C, H-p+1, W-p+1, p, p), a view
+    if stride > 1:
+        windows = windows[:, grid.rows[:, None], grid.columns]
+    return windows.permute(1, 2, 0, 3, 4).reshape(len(grid), -1)
+
+
 def patchify(image: Tensor, size: int, stride: int = 1) -> Tensor:
     """Coefficients of a picture's patches, z_i = U P_i y. White noise of variance s^2 stays white noise of variance s^2.
 
     Args:
         image: (C, H, W).
         size: p.
-        stride: s; the last row and column of patches is always among them. Where s divides H - p and W - p,
-            N = ((H - p) / s + 1) ((W - p) / s + 1).
+        stride: s, as in `cut`.
 
     Returns:
         (N, d)
     """
-    channels, height, width = image.shape
-    grid = PatchGrid.of(height, width, size, stride, image.device)
-    windows = image.unfold(1, size, 1).unfold(2, size, 1)  # (C, H-p+1, W-p+1, p, p), a view
-    if stride > 1:
-        windows = windows[:, grid.rows][:, :, grid.columns]
-    pixels = windows.permute(1, 2, 0, 3, 4).reshape(len(grid), -1)
-    return pixels @ patch_basis(size, channels).to(image).T
+    pixels, basis = cut(image, size, stride), patch_basis(size, len(image)).to(image)
+    return product(pixels.unsqueeze(0), basis.T.unsqueeze(0))[0]
 
 
 def aggregate(patches: Tensor, weights: Tensor, grid: PatchGrid) -> Tensor:
@@ -114,18 +125,43 @@ def aggregate(patches: Tensor, weights: Tensor, grid: PatchGrid) -> Tensor:
     Returns:
         (C, H, W)
     """
-    size = grid.size
-    channels = patches.shape[1] // size**2
-    pixels = patches @ patch_basis(size, channels).to(patches)
-    pixels = torch.cat([pixels * weights[:, None], weights[:, None].expand(-1, size**2)], 1)
-    pixels = pixels.view(len(grid.rows), len(grid.columns), channels + 1, size, size).permute(2, 0, 3, 1, 4)
-    lines = patches.new_zeros(channels + 1, len(grid.rows), size, grid.width)  # first along the columns, then along the rows
-    for column in range(size):
-        lines.index_add_(3, grid.columns + column, pixels[..., column])
-    image = patches.new_zeros(channels + 1, grid.height, grid.width)
-    for row in range(size):
-        image.index_add_(1, grid.rows + row, lines[:, :, row])
-    return image[:-1] / image[-1:]
+    basis = patch_basis(grid.size, patches.shape[1] // grid.size**2).to(patches)
+    return overlay(product(patches.unsqueeze(0), basis.unsqueeze(0))[0], weights, grid)
+
+
+def overlay(pixels: Tensor, weights: Tensor, grid: PatchGrid) -> Tensor:
+    """The picture whose pixels are weighted means of the patches over them: `aggregate` of what `cut` gives.
+
+    Args:
+        pixels: (N, C p^2).
+        weights: positive, (N,).
+        grid: where the patches lie.
+
+    Returns:
+        (C, H, W)
+    """
+    size, places = grid.size, (grid.height - grid.size + 1, grid.width - grid.size + 1)
+    planes = pixels.T.clone(memory_format=torch.contiguous_format).mul_(weights)
+    planes = planes.view(-1, size, size, len(grid.rows), len(grid.columns))
+    image = pixels.new_zeros(len(planes), grid.height, grid.width)
+    for (i, rows), (j, columns) in itertools.product(_runs(grid.rows), _runs(grid.columns)):
+        for down, right in itertools.product(range(size), repeat=2):
+            image[:, _moved(rows, down), _moved(columns, right)] += planes[:, down, right, i, j]
+    mass = weights.new_zeros(places[0] * places[1]).index_copy_(0, grid.nodes(), weights).view(1, *places)
+    return image / (size**2 * avg_pool2d(pad(mass, (size - 1,) * 4), size, 1))
+
+
+def _runs(begins: Tensor) -> list[tuple[slice, range]]:
+    """Patches at equal distances and where they begin, and the last one where it is nearer."""
+    places = begins.tolist()
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = len(places) - (places[-1] != places[0] + (len(places) - 1) * step)
+    runs = [(slice(even), range(places[0], places[even - 1] + 1, step))]
+    return runs if even == len(places) else [*runs, (slice(even, None), range(places[-1], places[-1] + 1))]
+
+
+def _moved(places: range, shift: int) -> slice:
+    return slice(places.start + shift, places.stop + shift, places.step)
 
 
 def mean_columns(size: int, channels: int) -> Tensor:

@@ -54,8 +54,10 @@ def polish(noisy: Tensor, pilot: Tensor, graph: Graph, sigma: float) -> tuple[Te
     weights = noisy.new_zeros(len(noisy))
     members = torch.cat([graph.grid.nodes().unsqueeze(1), graph.neighbours], 1)
     for part in members.split(CHUNK):
-        estimate, variance = group_posterior(pilot[part], noisy[part], sigma)
-        precision = (1 / variance).unsqueeze(1).expand_as(part)
-        total.index_add_(0, part.flatten(), (estimate * precision.unsqueeze(2)).flatten(0, 1))
-        weights.index_add_(0, part.flatten(), precision.flatten())
-    return total / weights.clamp(min=1e-12).unsqueeze(1), weights
+        nodes, shape = part.flatten(), (*part.shape, -1)
+        groups = (patches.index_select(0, nodes).view(shape) for patches in (pilot, noisy))
+        estimate, variance = group_posterior(*groups, sigma)
+        precision = 1 / variance
+        total.index_add_(0, nodes, estimate.mul_(precision[:, None, None]).flatten(0, 1))
+        weights.index_add_(0, nodes, precision.repeat_interleave(part.shape[1]))
+    return total.div_(weights.clamp(min=1e-12).unsqueeze(1)), weights
