@@ -18,7 +18,7 @@ from trainbook.workflows.cellular_cube.data import SentenceData
 from trainbook.workflows.cellular_cube.losses import cube_loss
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
-from trainbook.workflows.cellular_cube.readout_fit import fit_readout
+from trainbook.workflows.cellular_cube.readout_fit import fit_readout, standardise_readout
 
 DAMAGE = 0.2  # share of cells, or of the plain network's hidden units, set to zero
 HOLE_SHARE = 0.25  # of the wall's cells that are open
@@ -58,6 +58,7 @@ def train_cube(config: Config, data: SentenceData, principal: Principal, rule: d
     network = CellularCube(config, principal, data.mean.to(device), data.scale).to(device)
     if rule is not None:
         network.cube.rule.load_state_dict(rule)
+    standardise_readout(network, data.train["embeddings"])
     batches = Batches(data.train, config.seed, config.batch_size)
     total = config.trial_epochs * batches.per_epoch
     stepper = Stepper(network, config, total)
