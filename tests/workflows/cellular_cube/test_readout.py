@@ -35,6 +35,10 @@ def test_coordinates_change_and_the_map_does_not():
             torch.testing.assert_close(readout(new), before, rtol=1e-3, atol=2e-2)
             code, surplus = readout.coordinates(seen).split([10, 20], 1)
             torch.testing.assert_close(surplus.std(0, correction=0), torch.ones(20), atol=1e-3, rtol=0)
+            on_code, on_rest = (part.numpy() for part in readout.plain())
+            e, r = (part.numpy() for part in readout.parts(new))
+            change = (e[1:] - e[0]) @ on_code.T + (r[1:] - r[0]) @ on_rest.T
+            np.testing.assert_allclose(readout(new)[1:] - readout(new)[0], change, rtol=1e-3, atol=2e-2)
             assert float(np.abs(np.corrcoef(code.T, surplus.T)[:10, 10:]).max()) < 1e-2
 
 

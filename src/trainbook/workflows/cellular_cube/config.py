@@ -36,7 +36,7 @@ class Config(OptimizationConfig):
             "attention_rank": 2, "value_width": 2, "hardware_numbers": 4, "num_epochs": 2, "fine_tune_epochs": 1,
             "batch_size": 16, "baseline_epochs": 2, "decoder_epochs": 1, "decoder_width": 16,
         },
-        "laptop": {"learning_rate": 1e-3, "weight_decay": 0.1},
+        "laptop": {},
         "minilm": _REAL_TEACHER,
         "trials": {**_REAL_TEACHER, "trial_seeds": 3},
         "full": {
@@ -118,10 +118,9 @@ class Config(OptimizationConfig):
     """From vector to code: linear from PCA; a residual network; cross-attention over pieces; or a pretrained encoder."""
     universal_width: int = Field(default=0, ge=0, le=4096)
     """Size of a code that lies as so many cosines on the face of a cube of any side; 0: one number per cell and channel."""
-    train_scope: Literal["all", "decoder", "experts", "experts_pca"] = "all"
-    """What is trained: all; all behind the code, whose transformer stays PCA; or the experts and the gate alone, beside a PCA
-    transformer and a read-out that looks beyond its components, or at these alone (the brief's literal rule, which cannot
-    improve on PCA)."""
+    train_scope: Literal["all", "experts", "experts_pca"] = "all"
+    """What is trained: all; or the experts and the gate alone, beside a PCA transformer and a read-out that looks beyond its
+    components, or at these alone (the brief's literal rule, which cannot improve on PCA)."""
     readout: Literal["ridge", "gradient"] = "ridge"
     """The linear map from the back face: trained on what the code does not foretell of it, in units of its deviation, and
     fitted in closed form after the main phase; or a plain map, trained only."""
@@ -189,6 +188,8 @@ class Config(OptimizationConfig):
 
     learning_rate: float = Field(default=3e-3, gt=0, le=100)
     """The highest rate, reached after the rise."""
+    weight_decay: float = Field(default=1.0, ge=0, le=10)
+    """Pull of weights towards zero; biases, norms and one-dimensional parameters are spared."""
     schedule: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "cosine"
     """Course of the learning rate after the rise."""
     warmup_steps: int = Field(default=30, ge=0)
@@ -230,8 +231,6 @@ class Config(OptimizationConfig):
         two_domains = self.replay_share or self.elastic_weight or self.expert_columns == "grow"
         if two_domains and self.domains == "one":
             raise ValueError("replay_share, elastic_weight and expert_columns = grow need domains = two")
-        if self.train_scope == "decoder" and self.transformer in ("hierarchical", "attention"):
-            raise ValueError(f"transformer = {self.transformer} learns only with train_scope = all")
         if self.any_time and self.num_steps < self.side:
             raise ValueError("any_time needs num_steps above side - 1: there is nothing to choose from")
         return self

@@ -89,15 +89,21 @@ class Readout(nn.Module):
         return functional.linear(self.coordinates(seen), self.weight, self.bias)
 
     @torch.no_grad()
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Weights of e and of r themselves, (D, E) and (D, F - E)."""
+        on_code, on_rest = self.weight.tensor_split([self.code_features], 1)
+        if not self.with_surplus:
+            return on_code, on_rest
+        on_rest = on_rest / self.deviation
+        return on_code - on_rest @ self.slope, on_rest
+
+    @torch.no_grad()
     def standardise(self, seen: Tensor) -> None:
         """Set P, p and s by these back faces, (N, cells, C), and W and b so that the map stays what it is; a plain map stays."""
         if not self.with_surplus:
             return
-        found, number = fit_surplus(*self.parts(seen)), self.code_features
-        on_code, on_rest = self.weight[:, :number], self.weight[:, number:]
-        plain = on_rest / self.deviation  # of r itself
-        self.bias += plain @ (found.offset - self.offset)
-        on_code += plain @ (found.slope - self.slope)
-        on_rest.copy_(plain * found.deviation)
+        found, (on_code, on_rest) = fit_surplus(*self.parts(seen)), self.plain()
+        self.bias += on_rest @ (found.offset - self.offset)
+        self.weight.copy_(torch.cat([on_code + on_rest @ found.slope, on_rest * found.deviation], 1))
         for name, value in found._asdict().items():
             getattr(self, name).copy_(value)

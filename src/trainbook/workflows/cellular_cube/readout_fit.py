@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from trainbook.workflows.cellular_cube.network import CellularCube
+from trainbook.workflows.cellular_cube.readout import Readout
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # per sentence, of features in units of their deviation
 PASS_SIZE = 64  # sentences in a pass
+MAX_STANDARDISED = 2000  # about so many sentences say what the read-out's coordinates are
 
 
 class Fit(NamedTuple):
@@ -85,28 +87,44 @@ def back_faces(network: CellularCube, vectors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardise_readout(network: CellularCube, train: Tensor) -> None:
-    """Give the read-out the coordinates of the training vectors' back faces; what the network computes does not change."""
-    network.readout.standardise(network.seen(back_faces(network, train)))
+    """Give the read-out the coordinates of training vectors' back faces; what the network computes does not change."""
+    some = train[:: max(1, len(train) // MAX_STANDARDISED)]
+    network.readout.standardise(network.seen(back_faces(network, some)))
+
+
+@torch.no_grad()
+def fit_layer(layer: Readout, seen: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Fit:
+    """Fit a read-out: what is best on the validation split of no change, and ridge regressions.
+
+    They are pulled towards what it is, or towards that without all but the code's channels: what was learned by gradient, or
+    PCA.
+
+    Args:
+        layer: changed in place.
+        seen: cells (N, cells, C) of the training and of the validation split.
+        targets: (N, D) of each.
+    """
+    layer.standardise(seen[0])
+    train, valid = ((layer.coordinates(cells), vectors) for cells, vectors in zip(seen, targets, strict=True))
+    code_only = layer.weight.clone()
+    code_only[:, layer.code_features :] = 0
+    fit = best_ridge(train, valid, (layer.weight, layer.bias), [code_only])
+    layer.weight.copy_(fit.weight)
+    layer.bias.copy_(fit.bias)
+    return fit
 
 
 @torch.no_grad()
 def fit_readout(network: CellularCube, train: Tensor, valid: Tensor) -> dict[str, float]:
-    """Fit the read-out on the training vectors: what is best on valid of no change, and ridge regressions.
-
-    They are pulled towards what the read-out is, or towards that without all but the code's channels: what was learned by
-    gradient, or PCA.
+    """Fit a network's read-out on the training vectors, see `fit_layer`.
 
     Returns:
         valid_fvu, of what is kept; readout_penalty, 0 where nothing was better than what it was.
     """
     layer, backs = network.readout, [back_faces(network, vectors) for vectors in (train, valid)]
-    layer.standardise(network.seen(backs[0]))
-    features = [layer.coordinates(network.seen(back)) for back in backs]
-    routed = [network.read(back) - layer(network.seen(back)) for back in backs]
-    code_only = layer.weight.clone()
-    code_only[:, layer.code_features :] = 0
-    pairs = [(f, vectors - r) for f, vectors, r in zip(features, (train, valid), routed, strict=True)]
-    fit = best_ridge(*pairs, (layer.weight, layer.bias), [code_only])
-    layer.weight.copy_(fit.weight)
-    layer.bias.copy_(fit.bias)
-    return {"valid_fvu": fit.valid_fvu, "readout_penalty": fit.penalty}
+    seen = [network.seen(back) for back in backs]
+    routed = [network.read(back) - layer(cells) for back, cells in zip(backs, seen, strict=True)]
+    left = [vectors - part for vectors, part in zip((train, valid), routed, strict=True)]
+    fit = fit_layer(layer, tuple(seen), tuple(left))
+    error = (layer(seen[1]) + routed[1] - valid).square().sum()
+    return {"valid_fvu": float(error / valid.square().sum()), "readout_penalty": fit.penalty}

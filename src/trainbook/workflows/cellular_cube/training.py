@@ -17,6 +17,8 @@ from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.continual import Elastic, Replay, Reservoir
 from trainbook.workflows.cellular_cube.curriculum import Curriculum, synthetic_vectors
 from trainbook.workflows.cellular_cube.data import SentenceData
+from trainbook.workflows.cellular_cube.epoch_examples import NAME as EXAMPLES
+from trainbook.workflows.cellular_cube.epoch_examples import NUM_SHOWN, EpochExamples
 from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconstruction, similarity
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
@@ -98,7 +100,9 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
         number = steps(len(data.train["labels"]), config.decoder_epochs)
         stateful[TEXT_DECODER] = Stage(TEXT_DECODER, decoder, _phase(config, 0), number)
     total = sum(getattr(part, "total_steps", 1) for part in stateful.values())
-    return TrainState(modules, stateful=stateful, total_steps=total, stage=next(iter(stateful)))
+    first_stage = next(iter(stateful))
+    stateful[EXAMPLES] = EpochExamples()
+    return TrainState(modules, stateful=stateful, total_steps=total, stage=first_stage)
 
 
 def _phase(config: Config, validate_every: int, rate: float = 0.0) -> Config:
@@ -113,20 +117,13 @@ def domains(config: Config, data: SentenceData) -> tuple[dict[str, Tensor], dict
     return tuple({name: tensor[chosen] for name, tensor in data.train.items()} for chosen in (is_first, ~is_first))
 
 
-_SCOPES: dict[str, Callable[[str], bool]] = {  # which parameters outside the rule are trained
-    "all": lambda name: True,
-    "decoder": lambda name: not name.startswith("transformer."),
-    "experts": lambda name: name.startswith("cube.hardware."),
-    "experts_pca": lambda name: name.startswith("cube.hardware."),
-}
-
-
 def choose_trained(config: Config, network: CellularCube, phase: str) -> None:
     """Say which parameters a phase trains and how fast: by `requires_grad` and by a factor of the learning rate."""
     grown = phase == FINE_TUNE and config.expert_columns == "grow"
+    outside = config.train_scope == "all" and not grown
     for name, parameter in network.named_parameters():
-        outside = not grown and _SCOPES[config.train_scope](name)
-        parameter.requires_grad_(name.startswith("cube.rule.") or outside)
+        inside = name.startswith("cube.rule.")
+        parameter.requires_grad_(inside or outside or (name.startswith("cube.hardware.") and not grown))
     if config.transformer == "autoencoder":
         network.transformer.requires_grad_(False)
     factors = {name: getattr(config, f"{name}_rate") for name in ("local", "functional", "distant", "gate")}
@@ -163,6 +160,9 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
     else:
         batches = Batches(first, *common)
     for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
+        if "valid_fvu" in record.metrics:
+            shown = reconstruct(network, data.valid["embeddings"][:NUM_SHOWN])
+            state.stateful[EXAMPLES].add(data, state.step, record.metrics["valid_fvu"], shown)
         if stage.finished:
             if READOUT not in state.stateful:
                 record.metrics.update(_keep_pca_if_better(network, principal, valid))
