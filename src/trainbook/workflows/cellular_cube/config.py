@@ -175,19 +175,19 @@ class Config(OptimizationConfig):
     any_time: bool = False
     """Train on the answer after a random number of steps, from side - 1 to num_steps."""
 
-    local_rate: float = Field(default=1.0, ge=0, le=100)
+    local_rate: float = Field(default=3.0, ge=0, le=100)
     """Learning rate of the local expert, as a factor; 0 freezes it."""
-    functional_rate: float = Field(default=1.0, ge=0, le=100)
+    functional_rate: float = Field(default=3.0, ge=0, le=100)
     """Of the functional expert."""
-    distant_rate: float = Field(default=1.0, ge=0, le=100)
+    distant_rate: float = Field(default=3.0, ge=0, le=100)
     """Of the distant expert."""
-    gate_rate: float = Field(default=1.0, ge=0, le=100)
+    gate_rate: float = Field(default=3.0, ge=0, le=100)
     """Of the gate."""
     checkpoint_steps: int = Field(default=0, ge=0)
     """With gradient_checkpointing: steps of the cube per kept state; 0 takes the square root of their number."""
 
-    learning_rate: float = Field(default=3e-3, gt=0, le=100)
-    """The highest rate, reached after the rise."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    """The highest rate, reached after the rise; the experts and the gate have factors of their own."""
     weight_decay: float = Field(default=1.0, ge=0, le=10)
     """Pull of weights towards zero; biases, norms and one-dimensional parameters are spared."""
     schedule: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "cosine"
