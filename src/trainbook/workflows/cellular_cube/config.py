@@ -242,9 +242,13 @@ class Config(OptimizationConfig):
 
     @property
     def fits_readout(self) -> bool:
-        """Whether the read-out is fitted in closed form: asked for, possible at this size, and not against the brief's rule."""
+        """Whether the read-out is fitted in closed form: asked for, possible at this size, and not against the brief's rule.
+
+        Nor with damage: the closed form sees whole faces, and what it makes of broken ones is far off.
+        """
         features = (self.universal_width or self.side**2) * self.channels
-        return self.readout == "ridge" and features <= MAX_FITTED and self.train_scope != "experts_pca"
+        allowed = self.train_scope != "experts_pca" and not self.damage_share
+        return self.readout == "ridge" and features <= MAX_FITTED and allowed
 
     @property
     def moving_channels(self) -> int:

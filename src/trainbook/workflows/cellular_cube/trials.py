@@ -36,8 +36,8 @@ def trial_metrics(config: Config, data: SentenceData) -> dict[str, float]:
     has one answer. wall: with a wall across the middle whose hole has a quarter of the face's cells; for the plain network a
     code of as many numbers as those cells hold, at most its usual one: a cube's hole passes other numbers in every step.
 
-    Both start at PCA and have their read-out fitted in closed form at the end. The cube's weights are the last ones before
-    that, the plain network's the best on the validation split.
+    Both start at PCA and have their read-out fitted in closed form at the end, but for damage. The cube's weights are the last
+    ones before that, the plain network's the best on the validation split.
     """
     if not config.trial_seeds:
         return {}
@@ -68,7 +68,8 @@ def train_cube(config: Config, data: SentenceData, principal: Principal, rule: d
     for step in range(total):
         seed_step(config.seed, step)
         stepper.step(batches(step), lambda model, batch: cube_loss(config, model, batch, 0.0), config.batch_size)
-    fit_readout(network, data.train["embeddings"], data.valid["embeddings"])
+    if config.fits_readout:
+        fit_readout(network, data.train["embeddings"], data.valid["embeddings"])
     return network.eval()
 
 
@@ -79,7 +80,8 @@ def train_plain(
     number = sum(parameter.numel() for parameter in cube.parameters())
     shape = shape_of_equal_size(number, len(data.mean), size or config.code_size, "pca")
     vectors = (data.train["embeddings"], data.valid["embeddings"])
-    return fit_decoder(fit_autoencoder(shape, principal, *vectors, config.seed, config.baseline_epochs, damage), *vectors)
+    model = fit_autoencoder(shape, principal, *vectors, config.seed, config.baseline_epochs, damage)
+    return model if damage else fit_decoder(model, *vectors)
 
 
 @torch.no_grad()
