@@ -27,7 +27,9 @@
 #
 # Bands are the shells of the neighbours, cut at 10 % and 65 % of their number; $h_i$ are learned numbers of the cell's place.
 # The back face, all channels, is read by one linear map. **At step 0 the cube is PCA with $K$ components exactly**: whatever
-# training adds is measured over that. The linear map is fitted in closed form (ridge) before and after the main phase.
+# training adds is measured over that. Most of what arrives is a linear function of the code that was only carried; the map is
+# trained on the rest, $z = (r - P e - p)/s$ with $e$ the code's channels of the back face and $r$ the others, which is what the
+# experts made of it, and fitted in closed form (ridge) at the end.
 #
 # | preset | sentences and vectors | what it is for |
 # |---|---|---|
@@ -74,17 +76,18 @@ run.load_data()
 # ## Model and baselines
 # **Mean**: predicts the mean. **PCA** of the same width of code. **Autoencoder** and **PCA residual** (a frozen PCA encoder and
 # a network that decodes what PCA leaves), each with as many parameters as the cube. **Random features**: random units of the PCA
-# code and the same closed-form read-out, as wide as the cube's, without any training.
+# code and the same closed-form read-out, as wide as the cube's, without any training. **Untrained**: the cube as it starts with
+# the same closed-form read-out, which is what its experts have to improve on.
 
 # %%
 run.build()
 
 # %% [markdown]
 # ## Training
-# Phases: `warm_up` on SYNTHETIC vectors (Gaussian with the teacher's covariance, shrunk, on which nothing can beat PCA),
-# `readout` in closed form, `main`, `readout_again`, `fine_tune`, and the decoder to text, which sees the teacher's vectors only.
-# The weights of the main phase's best validation are kept; where they are worse than what the phase began with, or than PCA,
-# the cube goes back to that.
+# Phases: `warm_up` on SYNTHETIC vectors where it is asked for (Gaussian with the teacher's covariance, shrunk, on which nothing
+# can beat PCA), `standardise` (the read-out's $P$, $p$ and $s$), `main`, `readout` in closed form, `fine_tune`, and the decoder
+# to text, which sees the teacher's vectors only. The weights of the main phase's best validation are kept; where they are worse
+# than PCA, the cube goes back to that. After every epoch some held-out sentences are shown as the cube says them.
 #
 # $$L = w_r\,\mathrm{MSE} + w_s (1 - \cos) + w_k \tau^2 \mathrm{KL} + w_d\,\mathrm{diversity}
 # + w_e(\log 3 - I(\mathrm{expert};\mathrm{cell})) + \dots$$

@@ -1,13 +1,16 @@
 """The networks that the cube is compared with: sizes, starts, the same again, and that they learn what PCA cannot."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
 
 from trainbook.workflows.cellular_cube.baselines import (
     Autoencoder,
     Shape,
     fit_autoencoder,
+    fit_decoder,
     plain_outputs,
     shape_of_equal_size,
 )
@@ -69,6 +72,21 @@ def test_networks_learn_what_pca_cannot_and_the_same_seed_gives_the_same_network
     assert outputs.keys() == {"mean", "pca", "autoencoder", "pca_residual"}
     assert not outputs["mean"].any()
     assert all(output.shape == test.shape for output in outputs.values())
+
+
+@torch.no_grad()
+def test_the_linear_end_of_an_autoencoder_is_fitted_in_closed_form():
+    train, valid, test = standardised(curved(1000, 0), curved(300, 1), curved(300, 2))
+    model = Autoencoder(Shape(WIDTH, CODE, 100, "pca"), fit_principal(train))
+    before, encoded = float((model(test) - test).square().mean()), model.encode(test)
+    fit_decoder(model, train, valid)
+    assert torch.equal(model.encode(test), encoded)
+    hidden = [torch.cat([z, torch.nn.functional.gelu(model.decoder_in(z))], 1).numpy() for z in map(model.encode, (train, test))]
+    least = LinearRegression().fit(hidden[0], train.numpy())  # no penalty is needed where there are so many sentences
+    expected = float(np.square(least.predict(hidden[1]) - test.numpy()).mean())
+    after = float((model(test) - test).square().mean())
+    assert after == pytest.approx(expected, rel=0.1)
+    assert after < 0.6 * before
 
 
 def test_damage_sets_that_share_of_hidden_units_to_zero():

@@ -16,6 +16,7 @@ __getattr__, _dir, _all = lazy_loader.attach(
         "training": ["build", "train"],
         "evaluation": ["evaluate"],
         "pictures": ["draw", "draw_data"],
+        "epoch_examples": ["export"],
     },
 )
-__all__ = ["TARGETS", "Config", "build", "draw", "draw_data", "evaluate", "load_data", "train"]
+__all__ = ["TARGETS", "Config", "build", "draw", "draw_data", "evaluate", "export", "load_data", "train"]

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.principal import Principal
+from trainbook.workflows.cellular_cube.readout import Readout
+from trainbook.workflows.cellular_cube.readout_fit import fit_layer
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1.0  # of 12,000 MiniLM vectors: cosine .790 against .782 with the usual 0.01
 BATCH_SIZE = 64
@@ -158,6 +160,28 @@ def fit_autoencoder(
                 best, best_error = _copy(model), error
     model.load_state_dict(best)
     return model.eval()
+
+
+@torch.no_grad()
+def fit_decoder(model: Autoencoder, train: Tensor, valid: Tensor) -> Autoencoder:
+    """Fit the linear end of an autoencoder with a linear path in closed form, as the cube's read-out is; changed in place.
+
+    Args:
+        model: with start = pca.
+        train, valid: (N, D) in standard units.
+    """
+    width, code, hidden = model.shape.width, model.shape.code, model.shape.hidden
+    layer = Readout(1, code, code + hidden, width, True).to(train.device)
+    layer.weight.copy_(torch.cat([model.restore, model.decoder_out.weight], 1))
+    layer.bias.copy_(model.decoder_out.bias)
+    codes = [model.encode(vectors) for vectors in (train, valid)]
+    seen = tuple(torch.cat([z, functional.gelu(model.decoder_in(z))], 1).unsqueeze(1) for z in codes)
+    fit_layer(layer, seen, (train, valid))
+    on_code, on_hidden = layer.plain()
+    model.restore.copy_(on_code)
+    model.decoder_out.weight.copy_(on_hidden)
+    model.decoder_out.bias.copy_(layer(torch.zeros(1, 1, code + hidden).to(train))[0])
+    return model
 
 
 def plain_outputs(

@@ -20,6 +20,7 @@ from trainbook.workflows.cellular_cube.phrase_scores import PhraseJudge
 from trainbook.workflows.cellular_cube.principal import best_linear_fvu, fit_principal
 from trainbook.workflows.cellular_cube.probes import probe_table, surface_labels
 from trainbook.workflows.cellular_cube.random_features import random_feature_output
+from trainbook.workflows.cellular_cube.readout_fit import fit_readout
 from trainbook.workflows.cellular_cube.retrieval import own_sentence_recall, retrieve
 from trainbook.workflows.cellular_cube.similarity import norm_summary, reconstruction_quality, similarity_table
 from trainbook.workflows.cellular_cube.text_decoder import Vocabulary, write_sentences
@@ -57,7 +58,19 @@ def test_outputs(config: Config, data: SentenceData, network: CellularCube) -> d
     plain = plain_outputs(config, principal, _size(network), train, valid, test)
     features = network.readout.in_features
     plain["random_features"] = random_feature_output(principal, config.code_size, features, train, valid, test, config.seed)
+    if config.fits_readout:
+        plain["untrained"] = reconstruct(untrained_cube(config, data, network), test)
     return {"cube": reconstruct(network, test), **plain}
+
+
+def untrained_cube(config: Config, data: SentenceData, network: CellularCube) -> CellularCube:
+    """A cube of the run's seed whose read-out alone was fitted, in closed form: what the experts have to improve on."""
+    train, valid = data.train["embeddings"], data.valid["embeddings"]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        fresh = CellularCube(config, fit_principal(train), network.mean, float(network.scale)).to(train.device)
+    fit_readout(fresh, train, valid)
+    return fresh.eval()
 
 
 def _size(network: CellularCube) -> int:

@@ -12,6 +12,7 @@ from trainbook.workflows.cellular_cube.cube import Cube, Pass, Watcher
 from trainbook.workflows.cellular_cube.embedding_transformer import EmbeddingTransformer
 from trainbook.workflows.cellular_cube.face import Face
 from trainbook.workflows.cellular_cube.principal import Principal
+from trainbook.workflows.cellular_cube.readout import Readout
 from trainbook.workflows.cellular_cube.routers import InRouters, OutRouters
 
 
@@ -61,7 +62,7 @@ class CellularCube(nn.Module):
             self.mixture = nn.Linear(size, cells * config.mixed_numbers, bias=False)
             nn.init.normal_(self.mixture.weight, std=size**-0.5)
             self.mixture_face = Face(side, config.mixed_numbers, layout, cells * config.mixed_numbers)
-        self.readout = nn.Linear(cells * config.channels, width)
+        self.readout = Readout(cells, config.numbers_per_cell, config.channels, width, config.fits_readout)
         self.routers_in = self.routers_out = None
         if config.router_tokens:
             self.routers_in = InRouters(size, side**2, config.router_tokens, config.channels)
@@ -71,19 +72,17 @@ class CellularCube(nn.Module):
     @torch.no_grad()
     def start_at_principal(self, principal: Principal) -> None:
         """Make the network PCA exactly, whatever it had learned: for the start, and where training did not improve on it."""
-        config, size = self.config, self.config.code_size
-        numbers, channels = config.numbers_per_cell, config.channels
+        size, readout = self.config.code_size, self.readout
         self.transformer.start_at_principal(principal)
         self.cube.rule.leave_code_alone()
         if self.routers_in is not None:
             nn.init.zeros_(self.routers_in.outward.weight)
             nn.init.zeros_(self.routers_out.outward.weight)
         kept = principal.components[:size].to(self.readout.weight)
-        self.readout.bias.zero_()
-        weight = self.readout.weight.zero_().view(len(principal.mean), -1, channels)
-        codes = torch.eye(size, device=weight.device)[: len(kept)]
+        readout.bias.zero_()
+        codes = torch.eye(size, device=kept.device)[: len(kept)]
         faces = self.seen(self.face(codes)).flatten(1)  # orthonormal rows: where each number of the code is seen
-        weight[..., :numbers] = (faces.T @ (kept * self.transformer.gain)).T.reshape(len(weight), -1, numbers)
+        readout.weight.zero_()[:, : readout.code_features] = (faces.T @ (kept * self.transformer.gain)).T
 
     def seen(self, face: Tensor) -> Tensor:
         """What the read-out reads: all cells, or with a universal base the modes that every size of cube has."""
@@ -124,5 +123,5 @@ class CellularCube(nn.Module):
 
     def read(self, back: Tensor) -> Tensor:
         """Standardised vectors from a back face (B, L, L, C)."""
-        vectors = self.readout(self.seen(back).flatten(1))
+        vectors = self.readout(self.seen(back))
         return vectors if self.routers_out is None else vectors + self.routers_out(back.flatten(1, 2))

@@ -7,13 +7,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainbook.workflows.cellular_cube.principal import Principal
-from trainbook.workflows.cellular_cube.readout_fit import PENALTIES, ridge_towards
+from trainbook.workflows.cellular_cube.readout import fit_surplus
+from trainbook.workflows.cellular_cube.readout_fit import best_ridge
 
 
 def random_feature_output(
     principal: Principal, size: int, num_features: int, train: Tensor, valid: Tensor, test: Tensor, seed: int
 ) -> Tensor:
     """Decode PCA codes by gelu(W z + b), W and b random, and a ridge regression whose penalty is best on valid.
+
+    The regression is the cube's: beside the code it sees what no linear map of the code foretells of the units.
 
     Args:
         principal: components of `train`.
@@ -33,15 +36,11 @@ def random_feature_output(
     W = torch.randn(num_features, len(kept), generator=generator) / len(kept) ** 0.5
     b = 0.5 * torch.randn(num_features, generator=generator)
 
-    def features(vectors: Tensor) -> Tensor:
-        code = vectors.cpu() @ kept.T / gain
-        return torch.cat([code, functional.gelu(code @ W.T + b)], 1)
-
+    codes = [vectors.cpu() @ kept.T / gain for vectors in (train, valid, test)]
+    units = [functional.gelu(code @ W.T + b) for code in codes]
+    surplus = fit_surplus(codes[0], units[0])
+    parts = [torch.cat([code, surplus.of(code, unit)], 1) for code, unit in zip(codes, units, strict=True)]
     start = torch.cat([kept.T * gain, torch.zeros(kept.shape[1], num_features)], 1)
-    parts = [features(vectors) for vectors in (train, valid, test)]
-    best: tuple[float, Tensor] = (float((parts[1] @ start.T - valid.cpu()).square().sum()), parts[2] @ start.T)
-    for penalty in PENALTIES:
-        weight, bias = ridge_towards(parts[0], train.cpu(), start, penalty)
-        error = float((parts[1] @ weight.T + bias - valid.cpu()).square().sum())
-        best = min(best, (error, parts[2] @ weight.T + bias), key=lambda found: found[0])
-    return best[1].to(test)
+    nothing = torch.zeros(len(start)).to(start)
+    fit = best_ridge((parts[0], train.cpu()), (parts[1], valid.cpu()), (start, nothing), [])
+    return (parts[2] @ fit.weight.T + fit.bias).to(test)

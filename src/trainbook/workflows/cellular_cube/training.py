@@ -1,4 +1,4 @@
-"""Builds and trains: warm-up on synthetic vectors, read-out in closed form, the main phase, fine-tuning on a second domain."""
+"""Builds and trains: warm-up on synthetic vectors, the main phase, read-out in closed form, fine-tuning on a second domain."""
 
 # D numbers of a vector
 
@@ -17,38 +17,34 @@ from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.continual import Elastic, Replay, Reservoir
 from trainbook.workflows.cellular_cube.curriculum import Curriculum, synthetic_vectors
 from trainbook.workflows.cellular_cube.data import SentenceData
+from trainbook.workflows.cellular_cube.epoch_examples import NAME as EXAMPLES
+from trainbook.workflows.cellular_cube.epoch_examples import NUM_SHOWN, EpochExamples
 from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconstruction, similarity
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
-from trainbook.workflows.cellular_cube.readout_fit import MAX_FEATURES, fit_readout
+from trainbook.workflows.cellular_cube.readout_fit import fit_readout, standardise_readout
 from trainbook.workflows.cellular_cube.text_decoder import TextDecoder, Vocabulary, text_loss
 
-AUTOENCODER, WARM_UP, READOUT, MAIN, REFIT, FINE_TUNE, TEXT_DECODER = (
-    "autoencoder", "warm_up", "readout", "main", "readout_again", "fine_tune", "text_decoder",
+AUTOENCODER, WARM_UP, STANDARDISE, MAIN, READOUT, FINE_TUNE, TEXT_DECODER = (
+    "autoencoder", "warm_up", "standardise", "main", "readout", "fine_tune", "text_decoder",
 )  # fmt: skip
 VALID_SENTENCES = 1000  # at most, while training
 FINE_TUNE_RATE = 0.1
 
 
 class ReadoutStep:
-    """One step of the run, in which the read-out is fitted in closed form; keeps what it led to.
-
-    Attributes:
-        valid_fvu: after it.
-        weights: of the network after it: training that makes it worse is taken back to them.
-    """
+    """One step of the run, which sets the read-out's coordinates, or fits it in closed form, at once."""
 
     def __init__(self) -> None:
-        self.finished, self.valid_fvu = False, 0.0
-        self.weights: dict[str, Tensor] = {}
+        self.finished = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only."""
-        return {"finished": self.finished, "valid_fvu": self.valid_fvu, "weights": self.weights}
+        """Whether it was taken."""
+        return {"finished": self.finished}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.finished, self.valid_fvu, self.weights = saved["finished"], saved["valid_fvu"], saved["weights"]
+        self.finished = saved["finished"]
 
 
 class Preliminary(nn.Module):
@@ -83,13 +79,13 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
     if config.warm_up_epochs:
         number = steps(len(first["labels"]), config.warm_up_epochs)
         stateful[WARM_UP] = Stage(WARM_UP, network, _phase(config, 0), number)
-    if fits_readout(config):
-        stateful[READOUT] = ReadoutStep()
+    if config.fits_readout:
+        stateful[STANDARDISE] = ReadoutStep()
     epoch = max(1, len(first["labels"]) // config.batch_size)
     main = _phase(config, config.validate_every or epoch)
     stateful[MAIN] = Stage(MAIN, network, main, steps(len(first["labels"]), config.num_epochs))
-    if fits_readout(config):
-        stateful[REFIT] = ReadoutStep()
+    if config.fits_readout:
+        stateful[READOUT] = ReadoutStep()
     if config.elastic_weight:
         modules["elastic"] = Elastic(network)
     if config.fine_tune_epochs:
@@ -104,17 +100,13 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
         number = steps(len(data.train["labels"]), config.decoder_epochs)
         stateful[TEXT_DECODER] = Stage(TEXT_DECODER, decoder, _phase(config, 0), number)
     total = sum(getattr(part, "total_steps", 1) for part in stateful.values())
-    return TrainState(modules, stateful=stateful, total_steps=total, stage=next(iter(stateful)))
+    first_stage = next(iter(stateful))
+    stateful[EXAMPLES] = EpochExamples()
+    return TrainState(modules, stateful=stateful, total_steps=total, stage=first_stage)
 
 
 def _phase(config: Config, validate_every: int, rate: float = 0.0) -> Config:
     return config.model_copy(update={"validate_every": validate_every, "learning_rate": rate or config.learning_rate})
-
-
-def fits_readout(config: Config) -> bool:
-    """Whether the read-out is fitted in closed form: asked for, possible at this size, and not against the brief's rule."""
-    features = (config.universal_width or config.side**2) * config.channels
-    return config.readout == "ridge" and features <= MAX_FEATURES and config.train_scope != "experts_pca"
 
 
 def domains(config: Config, data: SentenceData) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -159,8 +151,8 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         made = {"embeddings": synthetic_vectors(principal, len(first["labels"]), config.seed), "labels": first["labels"]}
         yield from stage.train(state, Batches(made, *common), _loss(config, stage))
     valid = data.valid["embeddings"][:VALID_SENTENCES]
-    if READOUT in state.stateful:
-        yield from _fit_readout(state, READOUT, principal, first["embeddings"], valid)
+    if STANDARDISE in state.stateful:
+        yield from _once(state, STANDARDISE, lambda: standardise_readout(network, first["embeddings"]), len(first["labels"]))
     stage = state.stateful[MAIN]
     if config.curriculum_start < 1:
         total = stage.total_steps
@@ -168,14 +160,21 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
     else:
         batches = Batches(first, *common)
     for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
+        if "valid_fvu" in record.metrics:
+            shown = reconstruct(network, data.valid["embeddings"][:NUM_SHOWN])
+            state.stateful[EXAMPLES].add(data, state.step, record.metrics["valid_fvu"], shown)
         if stage.finished:
-            if REFIT not in state.stateful:
-                record.metrics.update(_keep_start_if_better(network, principal, valid))
+            if READOUT not in state.stateful:
+                record.metrics.update(_keep_pca_if_better(network, principal, valid))
             if "elastic" in state.modules:
                 state.modules["elastic"].remember(network, first["embeddings"], _squared_error)
         yield record
-    if REFIT in state.stateful:
-        yield from _fit_readout(state, REFIT, principal, first["embeddings"], valid)
+    if READOUT in state.stateful:
+
+        def fit() -> dict[str, float]:
+            return fit_readout(network, first["embeddings"], valid) | _keep_pca_if_better(network, principal, valid)
+
+        yield from _once(state, READOUT, fit, len(first["labels"]))
     if FINE_TUNE in state.stateful:
         yield from _fine_tune(config, data, state, first, second)
     if TEXT_DECODER in state.stateful:
@@ -204,20 +203,15 @@ def _fine_tune(
     yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
 
 
-def _fit_readout(state: TrainState, name: str, principal: Principal, train_vectors: Tensor, valid: Tensor) -> Iterator[Record]:
+def _once(state: TrainState, name: str, work: Callable[[], dict[str, float] | None], examples: int) -> Iterator[Record]:
     part: ReadoutStep = state.stateful[name]
     if part.finished:
         return
-    network = state.modules["cube"]
-    metrics = fit_readout(network, train_vectors, valid)
-    part.finished, part.valid_fvu = True, metrics["valid_fvu"]
-    if name == READOUT:
-        part.weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    else:
-        metrics |= _keep_start_if_better(network, principal, valid, state.stateful[READOUT])
+    metrics = work() or {}
+    part.finished = True
     state.stage = name
     state.step += 1
-    yield Record(metrics, milestone=True, examples=len(train_vectors))
+    yield Record(metrics, milestone=True, examples=examples)
 
 
 def _loss(config: Config, stage: Stage, elastic: Elastic | None = None) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
@@ -263,20 +257,11 @@ def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64) -> Tenso
     return torch.cat(parts)
 
 
-def _keep_start_if_better(
-    network: CellularCube, principal: Principal, valid: Tensor, start: ReadoutStep | None = None
-) -> dict[str, float]:
-    """Where what the main phase led to is worse on the validation split than what it began with, or than PCA, go back."""
+def _keep_pca_if_better(network: CellularCube, principal: Principal, valid: Tensor) -> dict[str, float]:
+    """Where what training led to is worse on the validation split than PCA, go back to PCA."""
     size = network.config.code_size
     pca = float((principal.reconstructed(valid, size) - valid).square().sum() / valid.square().sum())
     own = validation(valid)(network)["valid_fvu"]
-    went_back = start is not None and own > start.valid_fvu
-    if went_back:
-        network.load_state_dict(start.weights)
-        own = start.valid_fvu
-    fell_back = own > pca
-    if fell_back:
+    if own > pca:
         network.start_at_principal(principal)
-        own = pca
-    facts = {"went_back_to_readout": float(went_back), "fell_back_to_pca": float(fell_back)}
-    return {"kept_valid_fvu": own, "pca_valid_fvu": pca, **facts}
+    return {"kept_valid_fvu": min(own, pca), "pca_valid_fvu": pca, "fell_back_to_pca": float(own > pca)}

@@ -12,13 +12,13 @@ from trainbook.data import Batches
 from trainbook.intervals import t_interval
 from trainbook.seeding import seed_step
 from trainbook.stepper import Stepper
-from trainbook.workflows.cellular_cube.baselines import Autoencoder, fit_autoencoder, shape_of_equal_size
+from trainbook.workflows.cellular_cube.baselines import Autoencoder, fit_autoencoder, fit_decoder, shape_of_equal_size
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.data import SentenceData
 from trainbook.workflows.cellular_cube.losses import cube_loss
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
-from trainbook.workflows.cellular_cube.readout_fit import fit_readout
+from trainbook.workflows.cellular_cube.readout_fit import fit_readout, standardise_readout
 
 DAMAGE = 0.2  # share of cells, or of the plain network's hidden units, set to zero
 HOLE_SHARE = 0.25  # of the wall's cells that are open
@@ -31,10 +31,13 @@ def trial_metrics(config: Config, data: SentenceData) -> dict[str, float]:
 
     narrow_code: held-out FVU of the code of the run's width. damage: the same when 20 % of the cells at mid-pass, or of the
     plain network's hidden units, are set to zero, both trained with as much. transfer: of a cube 1.5 times as wide after one
-    epoch from the smaller cube's rule; the plain network's hidden layers cannot start from another width, so it starts fresh.
-    any_time: after half of the further steps that the cube may take, trained to answer at any time; the plain network has one
-    answer. wall: with a wall across the middle whose hole has a quarter of the face's cells; for the plain network a code
-    of as many numbers. Each one's weights are the last ones; the plain network's are the best on the validation split.
+    epoch from the smaller cube's rule; the plain network's hidden layers cannot start from another width, so it has an epoch
+    from PCA. any_time: after half of the further steps that the cube may take, trained to answer at any time; the plain network
+    has one answer. wall: with a wall across the middle whose hole has a quarter of the face's cells; for the plain network a
+    code of as many numbers as those cells hold, at most its usual one: a cube's hole passes other numbers in every step.
+
+    Both start at PCA and have their read-out fitted in closed form at the end, but for damage. The cube's weights are the last
+    ones before that, the plain network's the best on the validation split.
     """
     if not config.trial_seeds:
         return {}
@@ -58,24 +61,27 @@ def train_cube(config: Config, data: SentenceData, principal: Principal, rule: d
     network = CellularCube(config, principal, data.mean.to(device), data.scale).to(device)
     if rule is not None:
         network.cube.rule.load_state_dict(rule)
+    standardise_readout(network, data.train["embeddings"])
     batches = Batches(data.train, config.seed, config.batch_size)
     total = config.trial_epochs * batches.per_epoch
     stepper = Stepper(network, config, total)
     for step in range(total):
         seed_step(config.seed, step)
         stepper.step(batches(step), lambda model, batch: cube_loss(config, model, batch, 0.0), config.batch_size)
-    fit_readout(network, data.train["embeddings"], data.valid["embeddings"])
+    if config.fits_readout:
+        fit_readout(network, data.train["embeddings"], data.valid["embeddings"])
     return network.eval()
 
 
 def train_plain(
     config: Config, data: SentenceData, principal: Principal, cube: CellularCube, damage: float = 0.0, size: int = 0
 ) -> Autoencoder:
-    """A plain autoencoder with as many parameters as the cube, and its width of code or another one."""
+    """A plain autoencoder from PCA with as many parameters as the cube, and its width of code or another one."""
     number = sum(parameter.numel() for parameter in cube.parameters())
-    shape = shape_of_equal_size(number, len(data.mean), size or config.code_size)
+    shape = shape_of_equal_size(number, len(data.mean), size or config.code_size, "pca")
     vectors = (data.train["embeddings"], data.valid["embeddings"])
-    return fit_autoencoder(shape, principal, *vectors, config.seed, config.baseline_epochs, damage)
+    model = fit_autoencoder(shape, principal, *vectors, config.seed, config.baseline_epochs, damage)
+    return model if damage else fit_decoder(model, *vectors)
 
 
 @torch.no_grad()
@@ -127,7 +133,7 @@ def _any_time(config: Config, data: SentenceData, principal: Principal) -> tuple
 def _wall(config: Config, data: SentenceData, principal: Principal) -> tuple[float, float]:
     hole = max(1, round(HOLE_SHARE * config.side**2))
     cube, test = train_cube(config.model_copy(update={"wall_hole": hole}), data, principal), data.test["embeddings"]
-    plain = train_plain(config, data, principal, cube, size=hole)
+    plain = train_plain(config, data, principal, cube, size=min(config.code_size, hole * config.channels))
     return unexplained(lambda part: cube(part).vectors, test), unexplained(plain, test)
 
 
