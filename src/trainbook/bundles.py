@@ -119,7 +119,7 @@ def build_notebook(platform: str, spec: RunSpec, carry_kit: bool = True) -> byte
         raise UserError(f"there is no notebook for {platform!r}", "choose kaggle or colab; a box takes `build_box`")
     for name, path in _files_here(spec):
         raise UserError(
-            f"{name} = {str(path)!r} lies here, and a notebook carries no files",
+            f"{name} = {str(path)!r} is a path of this machine, and a notebook carries no files",
             f"upload it to {STORES[platform]}",
         )
     notebook = _notebook(spec)
