@@ -11,9 +11,12 @@ from trainbook.state import TrainState
 def test_validation_is_drawn_over_what_the_training_batches_have():
     history = [{"step": s, "stage": "fit", "loss": 1.0 / s, "n": 3} for s in (1, 2, 3)]
     history[1] |= {"valid_loss": 0.7, "valid_accuracy": 0.5}
+    history[2] |= {"valid_accuracy": 0.25, "penalty": 0.125}
     figure = plots.record_curves(history)
     panels = {panel.get_title(): panel.lines for panel in figure.axes if panel.lines}
     assert panels.keys() == {"loss", "valid accuracy"}
+    (written,) = [panel for panel in figure.axes if panel.get_title() == "recorded once"]
+    assert [text.get_text() for text in written.texts] == ["penalty  0.125  at step 3"]
     training, validation = panels["loss"]
     np.testing.assert_allclose(training.get_xydata(), [(1, 1), (2, 1 / 2), (3, 1 / 3)])
     np.testing.assert_allclose(validation.get_xydata(), [(2, 0.7)])

@@ -199,16 +199,27 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     """One panel for each real number that the records hold, over steps, with stages told apart by colour.
 
     Stages that take turns are not joined by lines. What was measured on the validation split (`valid_loss`) is drawn over
-    the same of the training batches (`loss`).
+    the same of the training batches (`loss`). What was recorded once makes no curve: it is written in a panel of its own.
     """
-    shown = list(_curve_panels(history).items())[:MAX_CURVES]
-    num_columns = min(3, max(1, len(shown)))
-    figure, axes = new_figure(num_columns, max(1, math.ceil(len(shown) / num_columns)))
+    panels = _curve_panels(history)
+    points = {
+        title: [p for by_stage in curves.values() for one in by_stage.values() for p in one] for title, curves in panels.items()
+    }
+    once = {title: found[0] for title, found in points.items() if len(found) == 1} if len(history) > 1 else {}
+    shown = [(title, curves) for title, curves in panels.items() if title not in once][: MAX_CURVES - bool(once)]
+    num_panels = max(1, len(shown) + bool(once))
+    num_columns = min(3, num_panels)
+    figure, axes = new_figure(num_columns, math.ceil(num_panels / num_columns))
     stages = list(dict.fromkeys(record["stage"] for record in history))
     for panel, (title, curves) in zip(axes.flat, shown, strict=False):
         _draw_curves(panel, title, curves, stages)
     for panel in list(axes.flat)[len(shown) :]:
         panel.set_axis_off()
+    if once:
+        panel = axes.flat[len(shown)]
+        panel.set_title("recorded once", fontsize=10)
+        lines = [f"{title.replace('_', ' ')}  {value:.4g}  at step {step}" for title, (step, value) in once.items()]
+        panel.text(0.0, 0.95, "\n".join(lines), fontsize=8, va="top", linespacing=1.6, transform=panel.transAxes)
     return figure
 
 
