@@ -16,7 +16,7 @@ import torch
 from trainbook import catalog, mirror, runtime
 from trainbook.checkpoints import STATE_FILE
 from trainbook.records import RunFolder
-from trainbook.run import prepare
+from trainbook.run import Run, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIGNAL = "TEST_SIGNAL"  # step and number of the signal that the first of several processes sends itself
@@ -119,6 +119,16 @@ class _Disturbed:
                     threading.Timer(self._drive.delay, os.kill, (os.getpid(), self._drive.signal_number)).start()
             yield record
             time.sleep(self._drive.pause)
+
+
+def train_and_draw(run: Run) -> Run:
+    """Call the methods of a notebook's cells one after the other, all but `finish`, in this process."""
+    run.load_data()
+    run.build()
+    run.train(progress=False)
+    run.evaluate()
+    run.draw()
+    return run
 
 
 def checkpoints(folder: RunFolder) -> list[Path]:

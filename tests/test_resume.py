@@ -9,7 +9,8 @@ from tests.driving import SMALL_DBN, STAGES, Drive, assert_same_run, checkpoints
 from trainbook.checkpoints import read_checkpoint
 from trainbook.files import read_json
 
-KILLS_PER_STAGE, BY_DEFAULT = 10, 3  # the others are marked slow
+KILLS_PER_STAGE, BY_DEFAULT = 10, 3
+KILLS = [*range(BY_DEFAULT), *(pytest.param(n, marks=pytest.mark.slow) for n in range(BY_DEFAULT, KILLS_PER_STAGE))]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_same_seed_twice_gives_identical_records_and_another_seed_others(uninter
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("trial", [pytest.param(n, marks=[pytest.mark.slow][: n >= BY_DEFAULT]) for n in range(KILLS_PER_STAGE)])
+@pytest.mark.parametrize("trial", KILLS)
 def test_kill_9_at_a_random_moment_then_resume_is_bit_identical(stage, trial, uninterrupted, tmp_path):
     chance = random.Random(f"{stage} {trial}")
     # Checkpoints every 0.1 s, so that some kills fall into the writing of one; the delay puts a kill anywhere in a step.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import digits_classifier
-from tests.driving import SMALL_DBN, Drive, assert_same_run, checkpoints
+from tests.driving import SMALL_DBN, Drive, assert_same_run, checkpoints, train_and_draw
 from trainbook import records, runtime
 from trainbook.errors import UserError
 from trainbook.records import measured_times, new_run_id
@@ -36,12 +36,7 @@ def test_running_the_cells_again_continues_the_unfinished_run_of_this_config(sto
 
 
 def test_a_finished_run_is_not_continued(stopped):
-    run = prepare("timestep_dbn", "smoke", SMALL_DBN)
-    run.load_data()
-    run.build()
-    run.train(progress=False)
-    run.evaluate()
-    run.draw()
+    run = train_and_draw(prepare("timestep_dbn", "smoke", SMALL_DBN))
     run.finish()
     assert prepare("timestep_dbn", "smoke", SMALL_DBN).run_id != stopped.run_id
     assert measured_times(run.runtime.runs_folder)["timestep_dbn"].startswith("smoke 0.")
@@ -91,13 +86,7 @@ def test_the_price_of_the_machine_becomes_the_cost_of_the_run(stopped, monkeypat
 
 
 def finished_by_hand(overrides=SMALL_DBN):
-    run = prepare("timestep_dbn", "smoke", overrides, "by-hand")
-    run.load_data()
-    run.build()
-    run.train(progress=False)
-    run.evaluate()
-    run.draw()
-    return run
+    return train_and_draw(prepare("timestep_dbn", "smoke", overrides, "by-hand"))
 
 
 def test_a_run_that_broke_never_becomes_complete(monkeypatch):
@@ -166,12 +155,7 @@ def test_a_session_with_other_versions_says_so_and_the_report_keeps_both(stopped
     found = records.provenance()
     packages = {**found["packages"], "torch": "2.99.0"}
     monkeypatch.setattr("trainbook.run.provenance", lambda: {**found, "git": "f" * 40, "packages": packages})
-    run = prepare("timestep_dbn", "smoke", SMALL_DBN)
-    run.load_data()
-    run.build()
-    run.train(progress=False)
-    run.evaluate()
-    run.finish()
+    train_and_draw(prepare("timestep_dbn", "smoke", SMALL_DBN)).finish()
     (warning,) = [line for line in stopped.folder.log.read_text().splitlines() if "the session before" in line]
     assert f"torch {torch.__version__.split('+')[0]}" in warning
     assert "kit ffffffff and torch 2.99.0" in warning

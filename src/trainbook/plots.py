@@ -218,7 +218,9 @@ def record_curves(history: list[dict[str, Any]]) -> Figure:
     if once:
         panel = axes.flat[len(shown)]
         panel.set_title("recorded once", fontsize=10)
-        lines = [f"{title.replace('_', ' ')}  {value:.4g}  at step {step}" for title, (step, value) in once.items()]
+        lines = [
+            f"{title.replace('_', ' ')}  {value:.4g}  at step {step}" for title, (step, value) in list(once.items())[:MAX_CURVES]
+        ]
         panel.text(0.0, 0.95, "\n".join(lines), fontsize=8, va="top", linespacing=1.6, transform=panel.transAxes)
     return figure
 

@@ -138,7 +138,7 @@ def test_fitting_the_read_out_helps_or_changes_nothing(vectors):
     assert unexplained() == pytest.approx(found["valid_fvu"], abs=1e-5)
     assert found["valid_fvu"] < 0.95 * before
     again = fit_readout(network, torch.randn(20, WIDTH), held)  # useless targets: keep what there is
-    assert again["valid_fvu"] <= found["valid_fvu"] + 1e-5
+    assert again["valid_fvu"] <= found["valid_fvu"] + 1e-6
 
 
 def test_routers_write_by_shares_and_say_how_spread_they_are(vectors):

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import confusion_matrix
 
+from tests.driving import train_and_draw
 from trainbook.run import prepare
 from trainbook.workflows.distillation.arms import arms
 
@@ -23,12 +24,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINBOOK_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("TRAINBOOK_DATA", str(tmp_path_factory.mktemp("data")))
-        run = prepare("distillation", "smoke", OVERRIDES)
-        run.load_data()
-        run.build()
-        run.train(progress=False)
-        run.evaluate()
-        run.draw()
+        run = train_and_draw(prepare("distillation", "smoke", OVERRIDES))
         run.finish()
         yield run
 

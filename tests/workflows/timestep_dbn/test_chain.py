@@ -63,7 +63,7 @@ def test_prior_divergence_matches_enumeration(kind):
 def stripes():
     """A chain of 4 steps and its baselines, trained equally long on bars and stripes: config, state, patterns."""
     config = Config(
-        timesteps=4, hidden_units=(16, 16, 4), autoencoder_epochs=1, epochs_per_timestep=100, baseline_epochs=100,
+        timesteps=4, hidden_units=(16, 16, 4), autoencoder_epochs=1, epochs_per_timestep=250, baseline_epochs=250,
         batch_size=28, learning_rate=0.05, baseline_learning_rate=0.05, weight_decay=1e-4, gibbs_sweeps=3,
         ais_temperatures=100, sampling_sweeps=40,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_trained_chain_beats_factorised_baselines_exactly(stripes, stripe_matric
     data = torch.zeros(512, dtype=DOUBLE).index_fill_(0, state_index(patterns), 1 / 14)
     best = divergence_from_patterns(end_of_chain(best_factorised_reverse(data, flip_schedule(4, config.schedule))), patterns)
     assert best == pytest.approx(0.58, abs=0.01)  # note 2.8
-    assert chain_kl < 0.8 * best < best < logistic_kl < independent_kl
+    assert chain_kl < 0.6 * best < best < logistic_kl < independent_kl
 
 
 def test_ancestral_samples_fit_the_enumerated_chain():
