@@ -22,10 +22,10 @@ from torch.nn import functional
 from trainbook.workflows.cellular_cube.bands import Bands
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.cube import Cube
-from trainbook.workflows.cellular_cube.rule import Geometry
+from trainbook.workflows.cellular_cube.perception import perceive
 
 CHANNELS, HIDDEN = 16, 64
-SMALL, LARGE = (8, 8, 8), (37, 1, 2)  # side, batch, steps
+SMALL, LARGE = (8, 8, 8), (37, 1, 4)  # side, batch, steps
 ROUNDS = 3
 SLAB = 64  # cells of 37^3 whose neighbours are gathered; the rest is extrapolated
 
@@ -35,16 +35,14 @@ class Automaton(nn.Module):
 
     def __init__(self, side: int, way: str) -> None:
         super().__init__()
-        self.way, self.geometry = way, Geometry(side, Config(side=max(side, 4)))
+        self.way = way
         self.inward, self.outward = nn.Linear(5 * CHANNELS, HIDDEN), nn.Linear(HIDDEN, CHANNELS)
-        apart = torch.arange(side)[:, None] - torch.arange(side)
-        self.geometry.brick = (apart.abs() <= 1).float() / 3
-        self.geometry.difference = ((apart == -1).float() - (apart == 1).float()) / 2
+        self.register_buffer("num_near", torch.full((side, side, side, 1), 27.0))
         self.register_buffer("kernels", stencils().repeat(CHANNELS, 1, 1, 1)[:, None])
 
     def perceive(self, x: Tensor) -> Tensor:
         if self.way == "ours":
-            return self.geometry.perceive(x)
+            return perceive(x, self.num_near, one_sided=False)
         y = functional.conv3d(x.movedim(-1, 1), self.kernels, padding=1, groups=CHANNELS)
         return y.unflatten(1, (CHANNELS, 5)).transpose(1, 2).flatten(1, 2).movedim(1, -1)
 

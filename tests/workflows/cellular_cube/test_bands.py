@@ -7,9 +7,6 @@ from trainbook.workflows.cellular_cube.bands import (
     NAMES,
     Bands,
     PooledBands,
-    along_axes,
-    brick_matrix,
-    difference_matrix,
     split_neighbours,
 )
 
@@ -69,13 +66,3 @@ def test_pooled_bands_are_the_bands_of_block_means():
     for found, expected in zip(PooledBands(6, 6, "cubic", 2).means(x, ("functional", "all")), coarse, strict=True):
         spread = expected.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
         torch.testing.assert_close(found, spread)
-
-
-def test_stencils_are_those_of_slices():
-    x = torch.randn(1, 5, 5, 5, 2, generator=torch.Generator().manual_seed(2))
-    difference = torch.einsum("ij,bjyxc->biyxc", difference_matrix(5), x)
-    torch.testing.assert_close(difference[:, 1:-1], (x[:, 2:] - x[:, :-2]) / 2)
-    torch.testing.assert_close(difference[:, 0], x[:, 1] - x[:, 0])
-    mean = along_axes(x, brick_matrix(5))
-    torch.testing.assert_close(mean[:, 2, 2, 2], x[:, 1:4, 1:4, 1:4].mean((1, 2, 3)))
-    torch.testing.assert_close(mean[:, 0, 0, 0], x[:, :2, :2, :2].mean((1, 2, 3)))

@@ -182,19 +182,3 @@ def along_axes(x: Tensor, matrix: Tensor) -> Tensor:
     y = torch.matmul(matrix, x.reshape(size, side, -1))
     y = torch.matmul(matrix, y.view(size * new, side, -1))
     return torch.matmul(matrix, y.view(size * new**2, side, channels)).view(size, new, new, new, channels)
-
-
-def brick_matrix(side: int) -> Tensor:
-    """(L, L), the mean of a cell and its neighbours along one axis."""
-    near = ((torch.arange(side)[:, None] - torch.arange(side)).abs() <= 1).float()
-    return near / near.sum(1, keepdim=True)
-
-
-def difference_matrix(side: int) -> Tensor:
-    """(L, L), half the difference of a cell's two neighbours along one axis; one-sided at the border."""
-    matrix = torch.zeros(side, side)
-    for i in range(side):
-        low, high = max(i - 1, 0), min(i + 1, side - 1)
-        matrix[i, high] += 1 / (high - low)
-        matrix[i, low] -= 1 / (high - low)
-    return matrix

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainbook.workflows.cellular_cube.bands import Bands, PooledBands, along_axes, brick_matrix, difference_matrix
+from trainbook.workflows.cellular_cube.bands import Bands, PooledBands
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.experts import (
     NAMES,
@@ -16,10 +16,11 @@ from trainbook.workflows.cellular_cube.experts import (
     LocalExpert,
     scaled_by_root_mean_square,
 )
+from trainbook.workflows.cellular_cube.perception import count_near, perceive
 
 
 class Geometry(nn.Module):
-    """What a rule needs to know of a cube's size: matrices for differences and means, bands, which cells are alive.
+    """What a rule needs to know of a cube's size: how many cells are near, bands, which cells are alive.
 
     Args:
         side: L.
@@ -35,8 +36,7 @@ class Geometry(nn.Module):
             self.bands: nn.Module = PooledBands(side, reach, config.band_shape, config.band_pooling)
         else:
             self.bands = Bands(side, reach, config.band_shape, wall)
-        self.register_buffer("brick", brick_matrix(side), persistent=False)
-        self.register_buffer("difference", difference_matrix(side), persistent=False)
+        self.register_buffer("num_near", count_near(side), persistent=False)
         alive = torch.ones(side, side, side, 1)
         if wall is not None:
             alive[wall] = 0
@@ -46,14 +46,6 @@ class Geometry(nn.Module):
             alive[wall].view(-1)[order[: config.wall_hole]] = 1
         self.register_buffer("alive", alive, persistent=False)
         self.has_wall = wall is not None
-
-    def perceive(self, x: Tensor) -> Tensor:
-        """[x, half differences along z, y and x, mean of 3 x 3 x 3 cells]: (B, L, L, L, C) to (B, L, L, L, 5C)."""
-        size, side, channels, matrix = x.shape[0], self.side, x.shape[-1], self.difference.to(x.dtype)
-        along_z = torch.matmul(matrix, x.reshape(size, side, -1)).view(x.shape)
-        along_y = torch.matmul(matrix, x.reshape(size * side, side, -1)).view(x.shape)
-        along_x = torch.matmul(matrix, x.reshape(size * side**2, side, channels)).view(x.shape)
-        return torch.cat([x, along_z, along_y, along_x, along_axes(x, self.brick)], -1)
 
 
 class Column(nn.Module):
@@ -87,7 +79,7 @@ class Column(nn.Module):
         distant_mean, whole_mean = geometry.bands.means(far, ("distant", "all"))
         weights = self.gate(far, whole_mean, hardware)
         local, functional, distant = weights.unsqueeze(-2).unbind(-1)
-        change = local * self.local(geometry.perceive(near), hardware)
+        change = local * self.local(perceive(near, geometry.num_near), hardware)
         change = change + functional * self.functional(middle, hardware, geometry.bands)
         return change + distant * self.distant(far, distant_mean, hardware), weights
 
