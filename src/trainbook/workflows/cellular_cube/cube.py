@@ -56,13 +56,14 @@ class Cube(nn.Module):
 
     Args:
         config: of the run.
-        side: L, by default the config's.
+        side: L, by default the config's. A longer way from front to back is taken in steps that change as much less.
     """
 
     def __init__(self, config: Config, side: int = 0) -> None:
         super().__init__()
         self.config, self.side = config, side or config.side
         self.num_steps = max(config.steps, self.side - 1) if side else config.steps
+        self.step_size = config.steps / self.num_steps
         self.moving = config.moving_channels
         self.rule = Rule(config)
         coordinates = config.hardware == "coordinates"
@@ -139,6 +140,8 @@ class Cube(nn.Module):
             change = change * (torch.rand(x.shape[:-1], device=x.device) >= config.cell_dropout).unsqueeze(-1)
         if sleep is not None:
             change = sleep.awake(change)
+        if self.step_size != 1:
+            change = self.step_size * change
         x = x + change.to(x.dtype)
         if geometry.has_wall:
             x = x * geometry.alive

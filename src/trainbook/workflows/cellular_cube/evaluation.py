@@ -30,6 +30,7 @@ from trainbook.workflows.cellular_cube.trials import trial_metrics
 SYNTHETIC_SENTENCES = 256
 MAX_PROBED = 2000  # training sentences whose vectors are passed through the cube for the probes
 MAX_DECODED = 300  # test sentences that are decoded to text
+LARGER = 1.5  # side of a cube with the same rule, over the trained one's
 
 
 def evaluate(config: Config, data: SentenceData, state: TrainState) -> dict[str, float]:
@@ -65,12 +66,16 @@ def test_outputs(config: Config, data: SentenceData, network: CellularCube) -> d
 
 def untrained_cube(config: Config, data: SentenceData, network: CellularCube) -> CellularCube:
     """A cube of the run's seed whose read-out alone was fitted, in closed form: what the experts have to improve on."""
-    train, valid = data.train["embeddings"], data.valid["embeddings"]
+    fresh = _fresh(config, data, network)
+    fit_readout(fresh, data.train["embeddings"], data.valid["embeddings"])
+    return fresh
+
+
+def _fresh(config: Config, data: SentenceData, network: CellularCube) -> CellularCube:
+    train = data.train["embeddings"]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        fresh = CellularCube(config, fit_principal(train), network.mean, float(network.scale)).to(train.device)
-    fit_readout(fresh, train, valid)
-    return fresh.eval()
+        return CellularCube(config, fit_principal(train), network.mean, float(network.scale)).to(train.device).eval()
 
 
 def _size(network: CellularCube) -> int:
@@ -212,6 +217,8 @@ def _options(config: Config, data: SentenceData, network: CellularCube) -> dict[
             metrics[f"pca/fvu_of_{size}_numbers"] = reconstruction_quality(
                 principal.reconstructed(test, size), test, data.mean, data.scale
             )["fvu"]
+    if config.universal_width and config.hardware == "coordinates":
+        metrics |= larger_side(config, data, network)
     if config.domains == "two":
         is_first = data.test["labels"] < data.num_first_domain
         for name, chosen in (("first", is_first), ("second", ~is_first)):
@@ -219,4 +226,30 @@ def _options(config: Config, data: SentenceData, network: CellularCube) -> dict[
             if len(vectors):
                 found = reconstruction_quality(reconstruct(network, vectors), vectors, data.mean, data.scale)
                 metrics[f"cube/{name}_domain_fvu"] = found["fvu"]
+    return metrics
+
+
+@torch.no_grad()
+def larger_side(config: Config, data: SentenceData, network: CellularCube) -> dict[str, float]:
+    """What the weights of a size-free network are worth in a cube of another side, 1.5 L, without further training.
+
+    at_side_<n>/fvu: as they are. refitted_at_side_<n>/fvu: all but the read-out, which is fitted there in closed form;
+    untrained_at_side_<n>/fvu: the same of weights that were never trained.
+    """
+    side, train, test = round(LARGER * config.side), data.train["embeddings"], data.test["embeddings"]
+
+    def fvu(weights: dict[str, Tensor]) -> float:
+        larger = CellularCube(config, fit_principal(train), network.mean, float(network.scale), side).to(train.device).eval()
+        larger.load_state_dict(weights, strict=False)
+        if "readout.weight" not in weights:
+            fit_readout(larger, train, data.valid["embeddings"])
+        return reconstruction_quality(reconstruct(larger, test), test, data.mean, data.scale)["fvu"]
+
+    def without_readout(cube: CellularCube) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in cube.state_dict().items() if not name.startswith("readout.")}
+
+    metrics = {f"at_side_{side}/fvu": fvu(network.state_dict())}
+    if config.fits_readout:
+        metrics[f"refitted_at_side_{side}/fvu"] = fvu(without_readout(network))
+        metrics[f"untrained_at_side_{side}/fvu"] = fvu(without_readout(_fresh(config, data, network)))
     return metrics
