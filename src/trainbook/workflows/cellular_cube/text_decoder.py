@@ -95,6 +95,11 @@ class TextDecoder(nn.Module):
             written.append(token)
         return torch.cat(written, 1)
 
+    def freeze(self) -> None:
+        """No more training, nor noise; gradients still pass through to the vectors."""
+        self.requires_grad_(False).eval()
+        self.recurrent.train()  # on a GPU it has no gradient otherwise; it computes the same
+
     def _step(self, tokens: Tensor, guide: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         read = self.tokens(tokens) * self.tokens.embedding_dim**0.5 + guide
         output, state = self.recurrent(self.dropout(read), state)
