@@ -122,6 +122,7 @@ def test_missing_vectors_take_no_part_in_loss_or_gradient(fields, data):
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
     assert bool(network.heads["file"].weight.grad.any())
+    assert bool(network.transformer.linear.weight.grad.any())
     assert all(bool(parameter.grad.any()) for parameter in network.cube.rule.columns[0].local.parameters())
     outputs = torch.randn(3, 24, requires_grad=True)
     nothing = present_reconstruction(outputs, torch.full((3, 24), torch.nan))

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainbook.losses import widened
+
 PAD, BEGIN, END = 0, 1, 2
 MAX_VOCABULARY, LEAST_VOCABULARY = 8000, 512
 SENTENCES_PER_TOKEN = 2  # of the vocabulary: few sentences cannot teach many tokens
@@ -118,7 +120,7 @@ def text_loss(decoder: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     tokens = batch["tokens"]
     scores = decoder(batch["embeddings"], tokens[:, :-1])
-    return functional.cross_entropy(scores.flatten(0, 1).float(), tokens[:, 1:].flatten(), ignore_index=PAD)
+    return functional.cross_entropy(widened(scores.flatten(0, 1)), tokens[:, 1:].flatten(), ignore_index=PAD)
 
 
 def write_sentences(decoder: TextDecoder, vocabulary: Vocabulary, vectors: Tensor, batch_size: int = 256) -> list[str]:
