@@ -90,7 +90,7 @@ def test_a_heavy_weight_teaches_the_cube_what_the_decoder_reads(data):  # noqa: 
     """Cross entropy in the last epoch, over the same cube beside the same decoder trained without it."""
     found = []
     for weight in (1e-9, 10.0):
-        config, state = make(data, text_weight=weight, decoder_epochs=10, num_epochs=4, learning_rate=5e-3, readout="gradient")
+        config, state = make(data, text_weight=weight, decoder_epochs=6, num_epochs=3, learning_rate=5e-3, readout="gradient")
         last = [float(metrics["text_nats"]) for stage, metrics in run(config, data, state) if stage == "main"][-7:]
         found.append(np.mean(last))
     assert found[1] < found[0] - 0.05

@@ -173,7 +173,7 @@ def test_text_and_vectors_go_into_a_bundle(tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, role):
     """The file's teacher, or TF-IDF with the file's vectors beside it, and the text decoder in the loss."""
     fields, _ = write(tmp_path, change=None if role == "teacher" else lambda rows: bad(rows, slice(0, 200, 9), np.nan))
-    fields |= {"text_weight": 0.5, "fine_tune_epochs": 0}
+    fields |= {"text_weight": 0.5, "fine_tune_epochs": 0, "max_sentences": 96, "held_out_sentences": 32}
     if role == "further_teachers":
         fields |= {"teacher": "tfidf_svd", "further_teachers": ["file"]}
     whole = Drive(tmp_path / "runs", "whole", fields, "cellular_cube", checkpoint_seconds=3600)

@@ -193,7 +193,7 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
 
         yield from _once(state, READOUT, fit, len(first["labels"]))
     if FINE_TUNE in state.stateful:
-        yield from _fine_tune(config, data, state, first, second, decoder)
+        yield from _fine_tune(config, data, state, first, second)
     if TEXT_DECODER in state.stateful and decoder is None:
         yield from _train_decoder(config, with_tokens(data), state)
 
@@ -211,12 +211,7 @@ def _train_decoder(config: Config, data: SentenceData, state: TrainState) -> Ite
 
 
 def _fine_tune(
-    config: Config,
-    data: SentenceData,
-    state: TrainState,
-    first: dict[str, Tensor],
-    second: dict[str, Tensor],
-    decoder: TextDecoder | None,
+    config: Config, data: SentenceData, state: TrainState, first: dict[str, Tensor], second: dict[str, Tensor]
 ) -> Iterator[Record]:
     network, stage = state.modules["cube"], state.stateful[FINE_TUNE]
     choose_trained(config, network, FINE_TUNE)
@@ -231,6 +226,7 @@ def _fine_tune(
     valid = data.valid["embeddings"]
     if config.domains == "two":
         valid = valid[data.valid["labels"] >= data.num_first_domain]
+    decoder = state.modules[TEXT_DECODER] if config.text_weight else None
     loss = _loss(config, stage, decoder, state.modules.get("elastic"))
     yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
 
@@ -286,9 +282,12 @@ def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64, head: st
     """(N, D) standardised to the cube's (N, D), or a head's, in evaluation mode and passes of bounded size."""
     was_training = network.training
     network.eval()
-    outputs = [network(part) for part in vectors.split(size)]
+    parts = []
+    for part in vectors.split(size):
+        output = network(part)
+        parts.append(output.further[head] if head else output.vectors)
     network.train(was_training)
-    return torch.cat([output.further[head] if head else output.vectors for output in outputs])
+    return torch.cat(parts)
 
 
 def _keep_pca_if_better(network: CellularCube, data: SentenceData, principal: Principal, valid: Tensor) -> dict[str, float]:
