@@ -11,13 +11,15 @@ from trainbook.records import Target
 MAX_SIDE = 64
 MAX_FITTED = 8192  # numbers of a back face, for a closed form
 
+TeacherName = Literal["tfidf_svd", "minilm", "minilm_768", "distilbert", "file"]
+
 _REAL_TEACHER: dict[str, Any] = {"corpus": "mixed", "teacher": "minilm", "max_sentences": 12_000, "held_out_sentences": 2000}
 
 
 class Config(OptimizationConfig):
     """The choices of a cellular cube run. A cube of side L reads L x L x numbers_per_cell numbers on its front face."""
 
-    FILE_FIELDS: ClassVar[tuple[str, ...]] = (*BaseConfig.FILE_FIELDS, "text_file", "text_folder", "core")
+    FILE_FIELDS: ClassVar[tuple[str, ...]] = (*BaseConfig.FILE_FIELDS, "text_file", "text_folder", "vector_file", "core")
     MODULE_FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
         "core": ("core", "use the channels, hidden width, ranks and hardware numbers that its cube was trained with")
     }
@@ -53,9 +55,16 @@ class Config(OptimizationConfig):
     """With corpus = file: a text file, one sentence a line."""
     text_folder: str = ""
     """A folder with clinc150/ and wikisplit/; "" downloads them, with checksums."""
-    teacher: Literal["tfidf_svd", "minilm", "minilm_768", "distilbert"] = "tfidf_svd"
+    teacher: TeacherName = "tfidf_svd"
     """Whose vectors the cube carries. tfidf_svd: word counts reduced by SVD, no language model; minilm: all-MiniLM-L6-v2, 384
-    numbers, offline from a package; minilm_768: two of its layers side by side; distilbert: from the hub, 768 numbers."""
+    numbers, offline from a package; minilm_768: two of its layers side by side; distilbert: from the hub, 768 numbers;
+    file: see vector_file."""
+    vector_file: str = ""
+    """For file among the teachers: .npy, or .safetensors with one tensor, a row of floats for each line of text_file that is not
+    blank. Any vectors, of pictures or sounds too: the line says what each one is."""
+    further_teachers: tuple[TeacherName, ...] = ()
+    """Others, whose vectors linear heads on the back face learn too; a sentence without a vector (a row of NaN in vector_file) is
+    left out of that head."""
     max_sentences: int = Field(default=2600, ge=64)
     """Sentences in all, held-out ones included; more than there are takes all."""
     held_out_sentences: int = Field(default=600, ge=16)
@@ -145,6 +154,11 @@ class Config(OptimizationConfig):
     """Of the variational information bottleneck on the code, in nats; 0 adds no noise."""
     triplet_weight: float = Field(default=0.0, ge=0)
     """Of the triplet loss: a sentence nearer to one of its label than to one of another."""
+    further_weight: float = Field(default=1.0, gt=0)
+    """Of each further teacher's squared error, times its agreement with the main one: linear CKA of their training vectors."""
+    text_weight: float = Field(default=0.0, ge=0)
+    """Of the cross entropy, in nats per token, of the sentence as the decoder to text reads the cube's output; above 0 the
+    decoder is trained first, and frozen."""
     prefix_weight: float = Field(default=0.0, ge=0)
     """Of the reconstruction from the first quarter and half of the code's numbers (Matryoshka)."""
 
@@ -210,6 +224,15 @@ class Config(OptimizationConfig):
     def _consistent(self) -> Self:
         if (self.corpus == "file") != bool(self.text_file):
             raise ValueError("text_file goes with corpus = file, and corpus = file needs text_file")
+        teachers = (self.teacher, *self.further_teachers)
+        if len(set(teachers)) < len(teachers):
+            raise ValueError("further_teachers must differ from teacher and from each other")
+        if ("file" in teachers) != bool(self.vector_file):
+            raise ValueError("vector_file goes with file as teacher or among further_teachers, which needs vector_file")
+        if self.vector_file and not self.text_file:
+            raise ValueError("vector_file has a row for each line of text_file: set corpus = file and text_file")
+        if self.text_weight and not self.decoder_epochs:
+            raise ValueError("text_weight needs the decoder to text: set decoder_epochs")
         if self.held_out_sentences * 2 > self.max_sentences:
             raise ValueError("held_out_sentences must not be more than half of max_sentences")
         if self.numbers_per_cell + self.mixed_numbers > self.channels:

@@ -4,24 +4,44 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainbook.data import Data
+from trainbook.errors import UserError
 from trainbook.runtime import Runtime
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.embedding_cache import EmbeddingCache
+from trainbook.workflows.cellular_cube.readout import present_rows
 from trainbook.workflows.cellular_cube.sentences import Corpus, kept_corpora, read_corpora, split
-from trainbook.workflows.cellular_cube.teachers import Teacher, load_teacher
+from trainbook.workflows.cellular_cube.similarity import linear_cka
+from trainbook.workflows.cellular_cube.teachers import Teacher, TfidfSvd, load_teacher
+from trainbook.workflows.cellular_cube.vector_file import FileTeacher
 
 logger = logging.getLogger("trainbook")
 
 MEGABYTE = 1_000_000
 SPLITS = ("train", "valid", "test")
+LEAST_VECTORS = 2  # of a further teacher in each split
+
+
+class Further(NamedTuple):
+    """A further teacher, whose vectors are in each split under its name: (N, D) in standard units, NaN where there is none.
+
+    Attributes:
+        mean, scale: of its raw training vectors, as of `SentenceData`.
+        agreement: with the main teacher: linear CKA of the training vectors of sentences that both have, in [0, 1].
+    """
+
+    mean: Tensor
+    scale: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,7 @@ class SentenceData(Data):
         teacher: what made the vectors, and can embed what is decoded.
         cache_hit_rate: share of the vectors that were read instead of computed.
         triples: split to (R, 3) int64, rows of a whole sentence and of the halves it was split into; WikiSplit's only.
+        further: name of each further teacher to what is known of it.
     """
 
     sentences: Mapping[str, tuple[str, ...]]
@@ -47,6 +68,7 @@ class SentenceData(Data):
     teacher: Teacher
     cache_hit_rate: float
     triples: Mapping[str, Tensor]
+    further: Mapping[str, Further] = field(default_factory=dict, kw_only=True)
 
     def standardised(self, raw: Tensor) -> Tensor:
         """(raw - mean) / scale."""
@@ -75,8 +97,14 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
             sentences[name] += [corpus.sentences[index] for index in indices]
             labels[name].append(corpus.labels[indices] + len(label_names))
         label_names += corpus.label_names
-    teacher = load_teacher(config.teacher, sentences["train"], runtime.device)
+    teacher, *others = [
+        FileTeacher(Path(config.vector_file), corpora[0])
+        if name == "file"
+        else load_teacher(name, sentences["train"], runtime.device)
+        for name in (config.teacher, *config.further_teachers)
+    ]
     vectors, hit_rate = _vectors(config, runtime, teacher, sentences)
+    _check_all_there(vectors, sentences)
     mean, scale = standard_units(vectors["train"])
     tensors = {
         name: {
@@ -85,11 +113,16 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
         }
         for name in SPLITS
     }
+    further = {}
+    for name, other in zip(config.further_teachers, others, strict=True):
+        found, _ = _vectors(config, runtime, other, sentences)
+        further[name] = _add_further(name, {part: torch.from_numpy(rows) for part, rows in found.items()}, tensors)
+    descriptions = "; further vectors: ".join(one.description for one in (teacher, *others))
     return SentenceData(
         **tensors,
-        source=f"{_joined(corpora, 'source')}; vectors: {teacher.description}",
+        source=f"{_joined(corpora, 'source')}; vectors: {descriptions}",
         licence=_joined(corpora, "licence"),
-        sha256=_sha256(sentences, labels, teacher),
+        sha256=_sha256(sentences, labels, (teacher, *others)),
         synthetic=corpora[0].synthetic,
         kept=kept_corpora(config, corpora),
         sentences={name: tuple(texts) for name, texts in sentences.items()},
@@ -100,7 +133,37 @@ def load_data(config: Config, runtime: Runtime) -> SentenceData:
         teacher=teacher,
         cache_hit_rate=hit_rate,
         triples={name: torch.from_numpy(np.concatenate(found)) for name, found in triples.items()},
+        further=further,
     ).to(runtime.device)
+
+
+def _check_all_there(vectors: Mapping[str, np.ndarray], sentences: Mapping[str, list[str]]) -> None:
+    for name in SPLITS:
+        missing = np.flatnonzero(np.isnan(vectors[name]).any(1))
+        if len(missing):
+            raise UserError(
+                f"vector_file holds NaN for {len(missing)} {name} sentences, the first: {sentences[name][missing[0]]!r}",
+                "leave such lines and rows out; only a further teacher may lack vectors",
+            )
+    if not np.ptp(vectors["train"], axis=0).any():
+        raise UserError("the teacher gives all training sentences the same vector", "give vectors that differ")
+
+
+def _add_further(name: str, raw: Mapping[str, Tensor], tensors: Mapping[str, dict[str, Tensor]]) -> Further:
+    """Put a further teacher's vectors into the splits; a row of zeros, as TF-IDF has for unknown words, is none either."""
+    there = {part: present_rows(rows) & rows.any(1) for part, rows in raw.items()}
+    for part, present in there.items():
+        if int(present.sum()) < LEAST_VECTORS:
+            few = f"the further teacher {name} has {int(present.sum())} {part} vectors"
+            raise UserError(few, f"give at least {LEAST_VECTORS}, or leave this teacher out")
+    mean, scale = standard_units(raw["train"][there["train"]].numpy())
+    if not scale:
+        raise UserError(f"the further teacher {name} gives all training sentences the same vector", "leave it out")
+    for part, present in there.items():
+        rows = (raw[part] - torch.from_numpy(mean)) / scale
+        tensors[part][name] = rows.masked_fill(~present[:, None], torch.nan)
+    train, both = tensors["train"], there["train"]
+    return Further(torch.from_numpy(mean), scale, min(1.0, linear_cka(train["embeddings"][both], train[name][both])))
 
 
 def standard_units(raw: np.ndarray) -> tuple[np.ndarray, float]:
@@ -115,7 +178,7 @@ def standard_units(raw: np.ndarray) -> tuple[np.ndarray, float]:
 def _vectors(
     config: Config, runtime: Runtime, teacher: Teacher, sentences: Mapping[str, list[str]]
 ) -> tuple[dict[str, np.ndarray], float]:
-    if config.teacher == "tfidf_svd":  # quicker to compute than to read, and another one for every training set
+    if isinstance(teacher, TfidfSvd | FileTeacher):  # quicker than to read them from the cache, and others for every training set
         return {name: teacher.embed(texts) for name, texts in sentences.items()}, 0.0
     cache = EmbeddingCache(runtime.data_folder / "embeddings", config.embedding_cache_megabytes * MEGABYTE)
     identity = (teacher.model, teacher.revision, teacher.pooling)
@@ -138,9 +201,10 @@ def _joined(corpora: list[Corpus], name: str) -> str:
     return "; ".join(getattr(corpus, name) for corpus in corpora)
 
 
-def _sha256(sentences: Mapping[str, list[str]], labels: Mapping[str, list[np.ndarray]], teacher: Teacher) -> str:
-    """Of texts, labels and the teacher's identity: a vector's last bits depend on the processor, and are left out."""
-    digest = hashlib.sha256("\n".join((teacher.model, teacher.revision, teacher.pooling)).encode())
+def _sha256(sentences: Mapping[str, list[str]], labels: Mapping[str, list[np.ndarray]], teachers: Sequence[Teacher]) -> str:
+    """Of texts, labels and the teachers' identities: a vector's last bits depend on the processor, and are left out."""
+    identities = [part for teacher in teachers for part in (teacher.model, teacher.revision, teacher.pooling)]
+    digest = hashlib.sha256("\n".join(identities).encode())
     for name in sentences:
         digest.update("\n".join(sentences[name]).encode())
         digest.update(np.concatenate(labels[name]).tobytes())

@@ -14,12 +14,14 @@ from trainbook.workflows.cellular_cube.compositionality import compositionality
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.curriculum import shrunk_variances, synthetic_vectors
 from trainbook.workflows.cellular_cube.data import SentenceData
+from trainbook.workflows.cellular_cube.heads import baseline_outputs
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.observation import inside_measures, layer_similarity, num_watched, observe
 from trainbook.workflows.cellular_cube.phrase_scores import PhraseJudge
 from trainbook.workflows.cellular_cube.principal import best_linear_fvu, fit_principal
 from trainbook.workflows.cellular_cube.probes import probe_table, surface_labels
 from trainbook.workflows.cellular_cube.random_features import random_feature_output
+from trainbook.workflows.cellular_cube.readout import present_rows
 from trainbook.workflows.cellular_cube.readout_fit import fit_readout
 from trainbook.workflows.cellular_cube.retrieval import own_sentence_recall, retrieve
 from trainbook.workflows.cellular_cube.similarity import norm_summary, reconstruction_quality, similarity_table
@@ -38,11 +40,12 @@ def evaluate(config: Config, data: SentenceData, state: TrainState) -> dict[str,
 
     fvu: share of variance unexplained, lower is better, 1 for the mean; cosine, centred_cosine: higher is better.
     "<who>/fvu_above_cube": its FVU less the cube's with a 95 % interval over test sentences. cube/gap_closed: share of the way
-    from PCA to the autoencoder of equal size, in FVU; 0 where that autoencoder is no better than PCA.
+    from PCA to the autoencoder of equal size, in FVU; 0 where that autoencoder is no better than PCA. "<who>/<teacher>_fvu" and
+    "_cosine" are of a further teacher's vectors, as far as there are any.
     """
     network: CellularCube = state.modules["cube"]
     outputs = test_outputs(config, data, network)
-    metrics = _quality(data, outputs)
+    metrics = _quality(data, outputs) | _further(config, data, network)
     metrics |= _text(config, data, state, outputs)
     metrics |= _probes(config, data, network)
     metrics |= _inside(config, data, network, outputs)
@@ -79,7 +82,8 @@ def _fresh(config: Config, data: SentenceData, network: CellularCube) -> Cellula
 
 
 def _size(network: CellularCube) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    """Parameters on the way to the main teacher's vectors."""
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("heads."))
 
 
 def _quality(data: SentenceData, outputs: dict[str, Tensor]) -> dict[str, float]:
@@ -90,15 +94,36 @@ def _quality(data: SentenceData, outputs: dict[str, Tensor]) -> dict[str, float]
         found["own_sentence_recall"] = own_sentence_recall(data.raw(output), data.raw(target))
         metrics |= {f"{who}/{name}": value for name, value in found.items()}
         if who != "cube":
-            difference = (output - target).square().sum(1) - (outputs["cube"] - target).square().sum(1)
-            difference = difference / target.square().sum(1).mean()
-            error = float(difference.std() / len(difference) ** 0.5)
-            metrics |= interval(f"{who}/fvu{ABOVE}cube", float(difference.mean()), error)
+            metrics |= _above_cube(f"{who}/fvu", output, outputs["cube"], target)
     gap = metrics["pca/fvu"] - metrics["autoencoder/fvu"]
     gained = metrics["pca/fvu"] - metrics["cube/fvu"]
     metrics["cube/gap_closed"] = gained / gap if gap > 0 else 0.0
     metrics |= {f"cube/{name}": value for name, value in norm_summary(outputs["cube"], target).items()}
     metrics |= {f"teacher/{name}": value for name, value in norm_summary(target, target).items() if name != "collapse"}
+    return metrics
+
+
+def _above_cube(name: str, output: Tensor, cube: Tensor, target: Tensor) -> dict[str, float]:
+    difference = (output - target).square().sum(1) - (cube - target).square().sum(1)
+    difference = difference / target.square().sum(1).mean()
+    return interval(f"{name}{ABOVE}cube", float(difference.mean()), float(difference.std() / len(difference) ** 0.5))
+
+
+def _further(config: Config, data: SentenceData, network: CellularCube) -> dict[str, float]:
+    """Of each further teacher: how the cube's head reads its vectors beside plain maps, over the test sentences that have one."""
+    principal, metrics = fit_principal(data.train["embeddings"]), {}
+    for name, further in data.further.items():
+        present = present_rows(data.test[name])
+        target, outputs = data.test[name][present], {"cube": reconstruct(network, data.test["embeddings"], head=name)}
+        outputs |= baseline_outputs(data, name, principal, config.code_size)
+        outputs = {who: output[present] for who, output in outputs.items()}
+        for who, output in outputs.items():
+            found = reconstruction_quality(output, target, further.mean, further.scale)
+            metrics |= {f"{who}/{name}_{measure}": found[measure] for measure in ("fvu", "cosine")}
+            if who != "cube":
+                metrics |= _above_cube(f"{who}/{name}_fvu", output, outputs["cube"], target)
+        metrics[f"teacher/{name}_agreement"] = further.agreement
+        metrics[f"teacher/{name}_present"] = float(present.double().mean())
     return metrics
 
 

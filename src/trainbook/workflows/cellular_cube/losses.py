@@ -13,6 +13,8 @@ from trainbook.losses import widened
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.experts import NAMES
 from trainbook.workflows.cellular_cube.network import CellularCube, Output
+from trainbook.workflows.cellular_cube.readout import present_rows
+from trainbook.workflows.cellular_cube.text_decoder import text_loss
 
 MARGIN = 0.2  # of the triplet loss, in cosine
 MAX_EMERGENCE = math.log(len(NAMES))
@@ -31,6 +33,17 @@ class Pair(NamedTuple):
 def reconstruction(pair: Pair) -> Tensor:
     """Mean squared error of standardised vectors; 1 for the mean predictor."""
     return (pair.output_standardised - pair.target_standardised).square().mean()
+
+
+def present_reconstruction(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the vectors that there are; 0 where there is none.
+
+    Args:
+        output, target: (B, D), standardised; a target that is missing is a row of NaN.
+    """
+    present = present_rows(target)
+    error = torch.where(present[:, None], widened(output) - target, 0.0)
+    return error.square().sum() / (present.sum().clamp(min=1) * target.shape[1])
 
 
 def similarity(pair: Pair) -> Tensor:
@@ -137,19 +150,29 @@ def pair_of(network: CellularCube, target: Tensor, output: Tensor) -> Pair:
     return Pair(network.restored(target), network.restored(output), target, output)
 
 
-def cube_loss(config: Config, model: nn.Module, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+def cube_loss(
+    config: Config, model: nn.Module, batch: dict[str, Tensor], progress: float, decoder: nn.Module | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its parts.
 
     Args:
         config: of the run.
         model: the network, or what stands for it where several processes train.
-        batch: "embeddings" (B, D) and "labels" (B,).
+        batch: "embeddings" (B, D) and "labels" (B,); for the heads their teachers' vectors, for the decoder "tokens" (B, L).
         progress: share of the phase that is done.
+        decoder: to text, frozen: what it makes of the output is to be the sentence.
     """
     network: CellularCube = getattr(model, "module", model)
     vectors, labels = batch["embeddings"], batch["labels"]
     output: Output = model(vectors)
     total, parts = output_loss(config, pair_of(network, vectors, output.vectors), labels, progress)
+    for name, found in output.further.items():
+        if name in batch:  # synthetic vectors have one teacher only
+            parts[f"{name}_error"] = present_reconstruction(found, batch[name])
+            total = total + config.further_weight * network.agreement[name] * parts[f"{name}_error"]
+    if decoder is not None and "tokens" in batch:
+        parts["text_nats"] = text_loss(decoder, {"embeddings": output.vectors, "tokens": batch["tokens"]})
+        total = total + config.text_weight * parts["text_nats"]
     if config.emergence_weight:
         parts["emergence"] = emergence(output.run.weights, output.run.entropy)
         total = total + config.emergence_weight * parts["emergence"]

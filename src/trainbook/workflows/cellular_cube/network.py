@@ -24,12 +24,14 @@ class Output(NamedTuple):
         code: (B, K), what lay on the front face.
         cost: (B,), information cost of the code in nats, 0 without a bottleneck.
         run: of the cube.
+        further: head to (B, D of its teacher), standardised.
     """
 
     vectors: Tensor
     code: Tensor
     cost: Tensor
     run: Pass
+    further: dict[str, Tensor]
 
 
 class CellularCube(nn.Module):
@@ -67,22 +69,42 @@ class CellularCube(nn.Module):
         if config.router_tokens:
             self.routers_in = InRouters(size, side**2, config.router_tokens, config.channels)
             self.routers_out = OutRouters(side**2, config.router_tokens, config.channels, width)
+        self.heads, self.agreement = nn.ModuleDict(), {}
         self.start_at_principal(principal)
 
     @torch.no_grad()
     def start_at_principal(self, principal: Principal) -> None:
         """Make the network PCA exactly, whatever it had learned: for the start, and where training did not improve on it."""
-        size, readout = self.config.code_size, self.readout
         self.transformer.start_at_principal(principal)
         self.cube.rule.leave_code_alone()
         if self.routers_in is not None:
             nn.init.zeros_(self.routers_in.outward.weight)
             nn.init.zeros_(self.routers_out.outward.weight)
-        kept = principal.components[:size].to(self.readout.weight)
-        readout.bias.zero_()
-        codes = torch.eye(size, device=kept.device)[: len(kept)]
+        kept = principal.components[: self.config.code_size].to(self.readout.weight)
+        self._start(self.readout, kept.T, torch.zeros_like(self.readout.bias))
+
+    @torch.no_grad()
+    def start_head(self, name: str, weight: Tensor, bias: Tensor, agreement: float) -> None:
+        """Make a head, or set it back: a further read-out, which starts as a linear map of the PCA code.
+
+        Args:
+            name: of its teacher.
+            weight, bias: (D of that teacher, numbers of the PCA code) and (D,).
+            agreement: of that teacher with the main one, in [0, 1]; weighs its loss.
+        """
+        if name not in self.heads:
+            main, width = self.readout, len(weight)
+            head = Readout(main.cells, main.numbers, main.channels, width, main.with_surplus)
+            self.heads[name] = head.to(main.weight.device)
+        self.agreement[name] = agreement
+        self._start(self.heads[name], weight, bias)
+
+    def _start(self, readout: Readout, weight: Tensor, bias: Tensor) -> None:
+        """Let a read-out be W c + b of the PCA code c, which the untrained cube carries."""
+        codes = torch.eye(self.config.code_size, device=weight.device)[: weight.shape[1]]
         faces = self.seen(self.face(codes)).flatten(1)  # orthonormal rows: where each number of the code is seen
-        readout.weight.zero_()[:, : readout.code_features] = (faces.T @ (kept * self.transformer.gain)).T
+        readout.weight.zero_()[:, : readout.code_features] = (faces.T @ (weight.T * self.transformer.gain)).T
+        readout.bias.copy_(bias)
 
     def seen(self, face: Tensor) -> Tensor:
         """What the read-out reads: all cells, or with a universal base the modes that every size of cube has."""
@@ -104,7 +126,8 @@ class CellularCube(nn.Module):
         if prefix:
             code = code * (torch.arange(code.shape[1], device=code.device) < prefix)
         decoded, run = self.decode(code, watch)
-        return Output(decoded, code, cost, run)
+        further = {name: head(self.seen(run.back)) for name, head in self.heads.items()}
+        return Output(decoded, code, cost, run, further)
 
     def decode(self, code: Tensor, watch: Watcher | None = None) -> tuple[Tensor, Pass]:
         """From codes (B, K) to standardised vectors (B, D)."""

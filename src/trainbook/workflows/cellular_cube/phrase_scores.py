@@ -138,17 +138,22 @@ class PhraseJudge:
 
     def scores(self, decoded: Sequence[str]) -> dict[str, np.ndarray]:
         """Per sentence, (N,) each: cosine of the decoded sentence's vector with the source's; whether the known sentence
-        nearest to it has the source's label; token F1; chrF.
+        nearest to it has the source's label; token F1; chrF. Without the first two where the teacher cannot embed new text.
         """
         new = sorted(set(decoded) - self._of_text.keys())
         if new:
             self._of_text.update(zip(new, self._teacher.embed(new), strict=True))
         again = torch.from_numpy(np.stack([self._of_text[text] for text in decoded]))
+        found = {
+            "token_f1": np.array([token_f1(text, source) for text, source in zip(decoded, self._sentences, strict=True)]),
+            "chrf": np.array([chrf(text, source) for text, source in zip(decoded, self._sentences, strict=True)]),
+        }
+        if again.isnan().any():
+            return found
         return {
             "reencoded_cosine": functional.cosine_similarity(again, self._vectors).numpy().astype(float),
             "label_match": (self._train_labels[nearest(self._train_vectors, again)] == self._labels).numpy().astype(float),
-            "token_f1": np.array([token_f1(text, source) for text, source in zip(decoded, self._sentences, strict=True)]),
-            "chrf": np.array([chrf(text, source) for text, source in zip(decoded, self._sentences, strict=True)]),
+            **found,
         }
 
     def fluency(self, decoded: Sequence[str]) -> dict[str, float]:
@@ -181,7 +186,7 @@ class PhraseJudge:
         for who, texts in decoded.items():
             values = {name: float(value.mean()) for name, value in scores[who].items()} | self.fluency(texts)
             found |= {f"{who}/{prefix}{name}": value for name, value in values.items()}
-        for name in HEADLINE:
+        for name in (name for name in HEADLINE if all(name in of_one for of_one in scores.values())):
             floor = max((scores[who][name] for who in floors), key=lambda values: values.mean())
             for who in decoded.keys() - {ceiling, *floors}:
                 share, low, high = share_of_the_way(scores[who][name], floor, scores[ceiling][name], seed)

@@ -68,5 +68,6 @@ def draw(config: Config, data: SentenceData, state: TrainState, history: list[di
         shown = {who: sentences[who] for who in ("teacher", "cube", "pca", "mean_vector")}
         figures[f"examples_{how}"] = draw_examples(shown, data.sentences["test"], NUM_EXAMPLES, TITLES[how])
     measured = {name for key in history[-1] for name in [str(key).rpartition("/")[2]]}
-    figures["baselines"] = baseline_bars(history[-1], [name for name in BARS if name in measured])
+    bars = (*BARS, *(f"{name}_fvu" for name in data.further))
+    figures["baselines"] = baseline_bars(history[-1], [name for name in bars if name in measured])
     return figures

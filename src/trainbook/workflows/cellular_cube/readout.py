@@ -47,6 +47,11 @@ def fit_surplus(code: Tensor, rest: Tensor) -> Surplus:
     return Surplus(*(part.to(code) for part in parts))
 
 
+def present_rows(targets: Tensor) -> Tensor:
+    """Which of (N, D) vectors there are, (N,): one that is missing is a row of NaN."""
+    return ~targets.isnan().any(1)
+
+
 class Readout(nn.Module):
     """o = W [e, (r - P e - p) / s] + b: e the code's channels of the back face, r the others.
 

@@ -2,13 +2,14 @@
 
 # N sentences, F features (numbers of a back face), D numbers of a vector
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainbook.workflows.cellular_cube.network import CellularCube
-from trainbook.workflows.cellular_cube.readout import Readout
+from trainbook.workflows.cellular_cube.readout import Readout, present_rows
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # per sentence, of features in units of their deviation
 PASS_SIZE = 64  # sentences in a pass
@@ -87,9 +88,11 @@ def back_faces(network: CellularCube, vectors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardise_readout(network: CellularCube, train: Tensor) -> None:
-    """Give the read-out the coordinates of training vectors' back faces; what the network computes does not change."""
+    """Give read-out and heads the coordinates of training vectors' back faces; what the network computes does not change."""
     some = train[:: max(1, len(train) // MAX_STANDARDISED)]
-    network.readout.standardise(network.seen(back_faces(network, some)))
+    seen = network.seen(back_faces(network, some))
+    for layer in (network.readout, *network.heads.values()):
+        layer.standardise(seen)
 
 
 @torch.no_grad()
@@ -115,8 +118,15 @@ def fit_layer(layer: Readout, seen: tuple[Tensor, Tensor], targets: tuple[Tensor
 
 
 @torch.no_grad()
-def fit_readout(network: CellularCube, train: Tensor, valid: Tensor) -> dict[str, float]:
-    """Fit a network's read-out on the training vectors, see `fit_layer`.
+def fit_readout(
+    network: CellularCube, train: Tensor, valid: Tensor, further: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, float]:
+    """Fit a network's read-out on the training vectors, and its heads on those of further teachers, see `fit_layer`.
+
+    Args:
+        network: changed in place.
+        train, valid: (N, D).
+        further: name of a head to its teacher's vectors of the same sentences, rows of NaN where there is none.
 
     Returns:
         valid_fvu, of what is kept; readout_penalty, 0 where nothing was better than what it was.
@@ -126,5 +136,8 @@ def fit_readout(network: CellularCube, train: Tensor, valid: Tensor) -> dict[str
     routed = [network.read(back) - layer(cells) for back, cells in zip(backs, seen, strict=True)]
     left = [vectors - part for vectors, part in zip((train, valid), routed, strict=True)]
     fit = fit_layer(layer, tuple(seen), tuple(left))
+    for name, targets in (further or {}).items():
+        pairs = [(cells[present_rows(target)], target[present_rows(target)]) for cells, target in zip(seen, targets, strict=True)]
+        fit_layer(network.heads[name], *zip(*pairs, strict=True))
     error = (layer(seen[1]) + routed[1] - valid).square().sum()
     return {"valid_fvu": float(error / valid.square().sum()), "readout_penalty": fit.penalty}

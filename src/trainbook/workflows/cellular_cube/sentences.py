@@ -54,6 +54,8 @@ class Corpus:
         source, licence: where they come from.
         synthetic: False for what people wrote, None where nobody told.
         triples: (R, 3) indices of a whole sentence and of the halves it was split into.
+        rows: (N,) int64, of a text file: which of its lines that are not blank each sentence was.
+        num_rows: how many such lines there are.
     """
 
     sentences: list[str]
@@ -64,6 +66,8 @@ class Corpus:
     licence: str
     synthetic: bool | None
     triples: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    num_rows: int = 0
 
 
 def read_corpora(config: Config, data_folder: Path, kept: Mapping[str, str]) -> list[Corpus]:
@@ -227,9 +231,11 @@ def text_file(path: Path) -> Corpus:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read text_file {path}: {error}", "name a UTF-8 text file with one sentence a line") from None
-    texts, labels = _without_repeats([line for line in lines if words(line)], [0] * sum(bool(words(line)) for line in lines))
-    groups = near_duplicates(texts, NEAR_DUPLICATE)
-    return Corpus(texts, labels, ("unlabelled",), groups, f"file {path.name}", "the user's", synthetic=None)
+    lines = [line for line in lines if line]
+    kept = [row for row, line in enumerate(lines) if words(line)]
+    texts, labels, rows = _without_repeats([lines[row] for row in kept], [0] * len(kept), kept)
+    groups, source = near_duplicates(texts, NEAR_DUPLICATE), f"file {path.name}"
+    return Corpus(texts, labels, ("unlabelled",), groups, source, "the user's", None, rows=rows, num_rows=len(lines))
 
 
 def _without_repeats(texts: list[str], *columns: list[int]) -> tuple:

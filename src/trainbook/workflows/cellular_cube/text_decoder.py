@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainbook.losses import widened
+
 PAD, BEGIN, END = 0, 1, 2
 MAX_VOCABULARY, LEAST_VOCABULARY = 8000, 512
 SENTENCES_PER_TOKEN = 2  # of the vocabulary: few sentences cannot teach many tokens
@@ -95,6 +97,11 @@ class TextDecoder(nn.Module):
             written.append(token)
         return torch.cat(written, 1)
 
+    def freeze(self) -> None:
+        """No more training, nor noise; gradients still pass through to the vectors."""
+        self.requires_grad_(False).eval()
+        self.recurrent.train()  # on a GPU it has no gradient otherwise; it computes the same
+
     def _step(self, tokens: Tensor, guide: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         read = self.tokens(tokens) * self.tokens.embedding_dim**0.5 + guide
         output, state = self.recurrent(self.dropout(read), state)
@@ -113,7 +120,7 @@ def text_loss(decoder: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     tokens = batch["tokens"]
     scores = decoder(batch["embeddings"], tokens[:, :-1])
-    return functional.cross_entropy(scores.flatten(0, 1).float(), tokens[:, 1:].flatten(), ignore_index=PAD)
+    return functional.cross_entropy(widened(scores.flatten(0, 1)), tokens[:, 1:].flatten(), ignore_index=PAD)
 
 
 def write_sentences(decoder: TextDecoder, vocabulary: Vocabulary, vectors: Tensor, batch_size: int = 256) -> list[str]:

@@ -3,6 +3,7 @@
 # D numbers of a vector
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trainbook.workflows.cellular_cube.curriculum import Curriculum, synthetic_v
 from trainbook.workflows.cellular_cube.data import SentenceData
 from trainbook.workflows.cellular_cube.epoch_examples import NAME as EXAMPLES
 from trainbook.workflows.cellular_cube.epoch_examples import NUM_SHOWN, EpochExamples
+from trainbook.workflows.cellular_cube.heads import start_heads
 from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconstruction, similarity
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
@@ -65,6 +67,7 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
     """The network, at PCA, and the phases of its training."""
     principal = fit_principal(data.train["embeddings"])
     network = CellularCube(config, principal, data.mean.to(runtime.device), data.scale).to(runtime.device)
+    start_heads(network, data, principal)
     modules: dict[str, nn.Module] = {"cube": network, "core": network.cube.rule}
     stateful: dict[str, Any] = {}
     first, second = domains(config, data)
@@ -75,10 +78,11 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
     if config.transformer == "autoencoder":
         modules["preliminary"] = preliminary = Preliminary(network, 512).to(runtime.device)
         stateful[AUTOENCODER] = Stage(AUTOENCODER, preliminary, _phase(config, 0), steps(len(first["labels"]), config.num_epochs))
-    choose_trained(config, network, MAIN)
     if config.warm_up_epochs:
+        choose_trained(config, network, WARM_UP)
         number = steps(len(first["labels"]), config.warm_up_epochs)
         stateful[WARM_UP] = Stage(WARM_UP, network, _phase(config, 0), number)
+    choose_trained(config, network, MAIN)
     if config.fits_readout:
         stateful[STANDARDISE] = ReadoutStep()
     epoch = max(1, len(first["labels"]) // config.batch_size)
@@ -99,6 +103,8 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
         modules[TEXT_DECODER] = decoder
         number = steps(len(data.train["labels"]), config.decoder_epochs)
         stateful[TEXT_DECODER] = Stage(TEXT_DECODER, decoder, _phase(config, 0), number)
+    if config.text_weight:
+        stateful = {TEXT_DECODER: stateful.pop(TEXT_DECODER), **stateful}
     total = sum(getattr(part, "total_steps", 1) for part in stateful.values())
     first_stage = next(iter(stateful))
     stateful[EXAMPLES] = EpochExamples()
@@ -126,6 +132,8 @@ def choose_trained(config: Config, network: CellularCube, phase: str) -> None:
         parameter.requires_grad_(inside or outside or (name.startswith("cube.hardware.") and not grown))
     if config.transformer == "autoencoder":
         network.transformer.requires_grad_(False)
+    if phase == WARM_UP:  # synthetic vectors have one teacher only
+        network.heads.requires_grad_(False)
     factors = {name: getattr(config, f"{name}_rate") for name in ("local", "functional", "distant", "gate")}
     for index, column in enumerate(network.cube.rule.columns):
         column.requires_grad_((index == 1) == grown)
@@ -141,15 +149,22 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
     """Train phase after phase from where each one is; yields once per step."""
     network: CellularCube = state.modules["cube"]
     principal = fit_principal(data.train["embeddings"])
+    decoder: TextDecoder | None = None
+    if config.text_weight:
+        data = with_tokens(data)
+        yield from _train_decoder(config, data, state)
+        decoder = state.modules[TEXT_DECODER]
+        decoder.freeze()
     first, second = domains(config, data)
     common = (config.seed, config.batch_size, config.batch_scaling)
     if AUTOENCODER in state.stateful:
         yield from state.stateful[AUTOENCODER].train(state, Batches(first, *common), _preliminary_loss)
-    choose_trained(config, network, MAIN)
     if WARM_UP in state.stateful:
+        choose_trained(config, network, WARM_UP)
         stage = state.stateful[WARM_UP]
         made = {"embeddings": synthetic_vectors(principal, len(first["labels"]), config.seed), "labels": first["labels"]}
         yield from stage.train(state, Batches(made, *common), _loss(config, stage))
+    choose_trained(config, network, MAIN)
     valid = data.valid["embeddings"][:VALID_SENTENCES]
     if STANDARDISE in state.stateful:
         yield from _once(state, STANDARDISE, lambda: standardise_readout(network, first["embeddings"]), len(first["labels"]))
@@ -159,28 +174,40 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         batches: Any = Curriculum(first, principal, config.code_size, config.curriculum_start, total, *common)
     else:
         batches = Batches(first, *common)
-    for record in stage.train(state, batches, _loss(config, stage), validation(valid)):
+    for record in stage.train(state, batches, _loss(config, stage, decoder), validation(valid)):
         if "valid_fvu" in record.metrics:
             shown = reconstruct(network, data.valid["embeddings"][:NUM_SHOWN])
             state.stateful[EXAMPLES].add(data, state.step, record.metrics["valid_fvu"], shown)
         if stage.finished:
             if READOUT not in state.stateful:
-                record.metrics.update(_keep_pca_if_better(network, principal, valid))
+                record.metrics.update(_keep_pca_if_better(network, data, principal, valid))
             if "elastic" in state.modules:
                 state.modules["elastic"].remember(network, first["embeddings"], _squared_error)
         yield record
     if READOUT in state.stateful:
 
         def fit() -> dict[str, float]:
-            return fit_readout(network, first["embeddings"], valid) | _keep_pca_if_better(network, principal, valid)
+            further = {name: (first[name], data.valid[name][:VALID_SENTENCES]) for name in data.further}
+            found = fit_readout(network, first["embeddings"], valid, further)
+            return found | _keep_pca_if_better(network, data, principal, valid)
 
         yield from _once(state, READOUT, fit, len(first["labels"]))
     if FINE_TUNE in state.stateful:
         yield from _fine_tune(config, data, state, first, second)
-    if TEXT_DECODER in state.stateful:
-        tokens = Vocabulary(data.sentences["train"]).encode(data.sentences["train"]).to(data.train["labels"].device)
-        batches = Batches({"embeddings": data.train["embeddings"], "tokens": tokens}, *common)
-        yield from state.stateful[TEXT_DECODER].train(state, batches, text_loss)
+    if TEXT_DECODER in state.stateful and decoder is None:
+        yield from _train_decoder(config, with_tokens(data), state)
+
+
+def with_tokens(data: SentenceData) -> SentenceData:
+    """The data with the training sentences' "tokens", (N, L) as the decoder to text reads them."""
+    tokens = Vocabulary(data.sentences["train"]).encode(data.sentences["train"]).to(data.train["labels"].device)
+    return replace(data, train={**data.train, "tokens": tokens})
+
+
+def _train_decoder(config: Config, data: SentenceData, state: TrainState) -> Iterator[Record]:
+    source = {name: data.train[name] for name in ("embeddings", "tokens")}
+    batches = Batches(source, config.seed, config.batch_size, config.batch_scaling)
+    yield from state.stateful[TEXT_DECODER].train(state, batches, text_loss)
 
 
 def _fine_tune(
@@ -199,7 +226,8 @@ def _fine_tune(
     valid = data.valid["embeddings"]
     if config.domains == "two":
         valid = valid[data.valid["labels"] >= data.num_first_domain]
-    loss = _loss(config, stage, state.modules.get("elastic"))
+    decoder = state.modules[TEXT_DECODER] if config.text_weight else None
+    loss = _loss(config, stage, decoder, state.modules.get("elastic"))
     yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
 
 
@@ -214,9 +242,11 @@ def _once(state: TrainState, name: str, work: Callable[[], dict[str, float] | No
     yield Record(metrics, milestone=True, examples=examples)
 
 
-def _loss(config: Config, stage: Stage, elastic: Elastic | None = None) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
+def _loss(
+    config: Config, stage: Stage, decoder: TextDecoder | None = None, elastic: Elastic | None = None
+) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = cube_loss(config, model, batch, stage.stepper.steps_done / stage.total_steps)
+        total, parts = cube_loss(config, model, batch, stage.stepper.steps_done / stage.total_steps, decoder)
         if elastic is not None:
             parts["elastic"] = elastic(getattr(model, "module", model))
             total = total + config.elastic_weight * parts["elastic"]
@@ -248,20 +278,24 @@ def validation(vectors: Tensor) -> Callable[[nn.Module], dict[str, float]]:
 
 
 @torch.no_grad()
-def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64) -> Tensor:
-    """(N, D) standardised to the cube's (N, D), in evaluation mode and passes of bounded size."""
+def reconstruct(network: CellularCube, vectors: Tensor, size: int = 64, head: str = "") -> Tensor:
+    """(N, D) standardised to the cube's (N, D), or a head's, in evaluation mode and passes of bounded size."""
     was_training = network.training
     network.eval()
-    parts = [network(part).vectors for part in vectors.split(size)]
+    parts = []
+    for part in vectors.split(size):
+        output = network(part)
+        parts.append(output.further[head] if head else output.vectors)
     network.train(was_training)
     return torch.cat(parts)
 
 
-def _keep_pca_if_better(network: CellularCube, principal: Principal, valid: Tensor) -> dict[str, float]:
+def _keep_pca_if_better(network: CellularCube, data: SentenceData, principal: Principal, valid: Tensor) -> dict[str, float]:
     """Where what training led to is worse on the validation split than PCA, go back to PCA."""
     size = network.config.code_size
     pca = float((principal.reconstructed(valid, size) - valid).square().sum() / valid.square().sum())
     own = validation(valid)(network)["valid_fvu"]
     if own > pca:
         network.start_at_principal(principal)
+        start_heads(network, data, principal)
     return {"kept_valid_fvu": min(own, pca), "pca_valid_fvu": pca, "fell_back_to_pca": float(own > pca)}
