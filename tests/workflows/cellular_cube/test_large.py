@@ -48,7 +48,7 @@ def test_one_step_at_a_large_side(side, pooling, shape):
 def test_bfloat16_follows_float32():
     options = {"channels": 8, "mixed_numbers": 3, "side": 5, "radius": 0.6, "batch_size": 16, "warmup_steps": 5}
     single, half = (train(Config(precision=precision, **options), 50)[0] for precision in ("float32", "bfloat16"))
-    assert single[-1] < single[0]
+    assert sum(single[-16:]) < sum(single[:16])  # passes over the data
     assert half[-1] == pytest.approx(single[-1], rel=0.02)
 
 

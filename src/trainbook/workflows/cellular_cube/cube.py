@@ -15,6 +15,7 @@ from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.hardware import CoordinateHardware, LearnedHardware
 from trainbook.workflows.cellular_cube.rule import Geometry, Rule
 
+FULL_STEPS = 7  # of a cube of side 8: in more of them the experts' answers would add up until gradients overflow
 BLOCK = 4  # cells along an edge of what falls asleep together
 
 
@@ -56,14 +57,15 @@ class Cube(nn.Module):
 
     Args:
         config: of the run.
-        side: L, by default the config's. A longer way from front to back is taken in steps that change as much less.
+        side: L, by default the config's. A way of more than 7 steps, or than the config's, is taken in
+            steps that change as much less.
     """
 
     def __init__(self, config: Config, side: int = 0) -> None:
         super().__init__()
         self.config, self.side = config, side or config.side
         self.num_steps = max(config.steps, self.side - 1) if side else config.steps
-        self.step_size = config.steps / self.num_steps
+        self.step_size = min(FULL_STEPS / config.steps, 1) * config.steps / self.num_steps
         self.moving = config.moving_channels
         self.rule = Rule(config)
         coordinates = config.hardware == "coordinates"
