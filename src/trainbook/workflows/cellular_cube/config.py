@@ -110,7 +110,8 @@ class Config(OptimizationConfig):
     router_tokens: int = Field(default=0, ge=0, le=256)
     """Tokens that carry numbers across the front face, and as many across the back; 0 leaves them out."""
     sleep_threshold: float = Field(default=0.0, ge=0, le=1)
-    """In evaluation: blocks of 4 x 4 x 4 cells whose mean change is below this sleep until a neighbour changes; 0 is exact."""
+    """In evaluation: blocks of 4 x 4 x 4 cells sleep, and keep the rule's last answer without any work, until they or a neighbour
+    block have moved by this much, as a mean magnitude; 0 is exact."""
     wall_hole: int = Field(default=0, ge=0, le=4096)
     """Put a wall across the middle plane with a hole of so many cells; 0: no wall."""
 

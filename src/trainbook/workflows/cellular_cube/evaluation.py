@@ -202,7 +202,7 @@ def _options(config: Config, data: SentenceData, network: CellularCube) -> dict[
     if config.bottleneck_weight:
         metrics["cube/code_nats"] = float(output.cost.mean())
     if config.sleep_threshold:
-        metrics["cube/active_share"] = output.run.active_share
+        metrics |= _sleep(network, test)
     if config.router_tokens:
         metrics["cube/path_entropy"] = float(network.routers_in.path_entropy())
     if config.prefix_weight:
@@ -220,3 +220,19 @@ def _options(config: Config, data: SentenceData, network: CellularCube) -> dict[
                 found = reconstruction_quality(reconstruct(network, vectors), vectors, data.mean, data.scale)
                 metrics[f"cube/{name}_domain_fvu"] = found["fvu"]
     return metrics
+
+
+@torch.no_grad()
+def _sleep(network: CellularCube, vectors: Tensor) -> dict[str, float]:
+    """Share of the cells that were awake; FVU of the same cube when all are; mean square of what sleep adds, in the same unit."""
+    outputs, threshold = {}, network.cube.sleep_threshold
+    active = sum(network(part).run.active_share * len(part) for part in vectors.split(64)) / len(vectors)
+    for name, value in (("asleep", threshold), ("awake", 0.0)):
+        network.cube.sleep_threshold = value
+        outputs[name] = reconstruct(network, vectors)
+    network.cube.sleep_threshold, total = threshold, vectors.square().sum()
+    return {
+        "cube/active_share": active,
+        "cube/sleep_error": float((outputs["asleep"] - outputs["awake"]).square().sum() / total),
+        "awake_cube/fvu": float((outputs["awake"] - vectors).square().sum() / total),
+    }

@@ -16,6 +16,7 @@ from trainbook.workflows.cellular_cube.experts import (
     LocalExpert,
     scaled_by_root_mean_square,
 )
+from trainbook.workflows.cellular_cube.sleep import EVERYWHERE, Everywhere
 
 
 class Geometry(nn.Module):
@@ -47,13 +48,19 @@ class Geometry(nn.Module):
         self.register_buffer("alive", alive, persistent=False)
         self.has_wall = wall is not None
 
-    def perceive(self, x: Tensor) -> Tensor:
-        """[x, half differences along z, y and x, mean of 3 x 3 x 3 cells]: (B, L, L, L, C) to (B, L, L, L, 5C)."""
-        size, side, channels, matrix = x.shape[0], self.side, x.shape[-1], self.difference.to(x.dtype)
-        along_z = torch.matmul(matrix, x.reshape(size, side, -1)).view(x.shape)
-        along_y = torch.matmul(matrix, x.reshape(size * side, side, -1)).view(x.shape)
-        along_x = torch.matmul(matrix, x.reshape(size * side**2, side, channels)).view(x.shape)
-        return torch.cat([x, along_z, along_y, along_x, along_axes(x, self.brick)], -1)
+    def perceive(self, x: Tensor, planes: Tensor | None = None) -> Tensor:
+        """[x, half differences along z, y and x, mean of 3 x 3 x 3 cells]: (B, L, L, L, C) to (B, L, L, L, 5C).
+
+        With `planes`, (P,), for the cells of these planes only: (B, P, L, L, 5C).
+        """
+        size, side, channels, matrix, brick_z = x.shape[0], self.side, x.shape[-1], self.difference.to(x.dtype), self.brick
+        matrix_z, own = matrix, x
+        if planes is not None:
+            matrix_z, brick_z, own = matrix[planes], brick_z[planes], x[:, planes]
+        along_z = torch.matmul(matrix_z, x.reshape(size, side, -1)).view(own.shape)
+        along_y = torch.matmul(matrix, own.reshape(-1, side, side * channels)).view(own.shape)
+        along_x = torch.matmul(matrix, own.reshape(-1, side, channels)).view(own.shape)
+        return torch.cat([own, along_z, along_y, along_x, along_axes(x, self.brick, brick_z)], -1)
 
 
 class Column(nn.Module):
@@ -78,18 +85,20 @@ class Column(nn.Module):
         for part in (self.local.outward.weight, self.local.outward.bias, self.functional.gain, self.distant.gain):
             part[:numbers] = 0
 
-    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """The change of every cell's state, (B, L, L, L, C), and the experts' weights, (B, L, L, L, 3)."""
+    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry, cells: Everywhere = EVERYWHERE) -> tuple[Tensor, Tensor]:
+        """The change of every cell's state, (B, L, L, L, C), and the experts' weights, (B, L, L, L, 3); or of K chosen cells."""
         if self.norm == "batch":
             near, middle, far = (norm(x) for norm in self.norms)
         else:
             near = middle = far = scaled_by_root_mean_square(x) if self.norm == "rms" else x
-        distant_mean, whole_mean = geometry.bands.means(far, ("distant", "all"))
-        weights = self.gate(far, whole_mean, hardware)
+        means = geometry.bands.means(far, ("distant", "all"), cells.planes)
+        distant_mean, whole_mean = (cells.of_planes(mean) for mean in means)
+        own, place = cells.of_grid(far), cells.of_table(hardware)
+        weights = self.gate(own, whole_mean, place)
         local, functional, distant = weights.unsqueeze(-2).unbind(-1)
-        change = local * self.local(geometry.perceive(near), hardware)
-        change = change + functional * self.functional(middle, hardware, geometry.bands)
-        return change + distant * self.distant(far, distant_mean, hardware), weights
+        change = local * self.local(cells.of_planes(geometry.perceive(near, cells.planes)), place)
+        change = change + functional * self.functional(middle, hardware, geometry.bands, cells)
+        return change + distant * self.distant(own, distant_mean, place), weights
 
 
 class Rule(nn.Module):
@@ -124,9 +133,9 @@ class Rule(nn.Module):
         """Let the second column take part."""
         self.grown.fill_(1)
 
-    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry, cells: Everywhere = EVERYWHERE) -> tuple[Tensor, Tensor]:
         """As `Column`; the weights are the first column's."""
-        change, weights = self.columns[0](x, hardware, geometry)
+        change, weights = self.columns[0](x, hardware, geometry, cells)
         if len(self.columns) > 1 and not self.masked and bool(self.grown):
-            change = change + self.columns[1](x, hardware, geometry)[0]
+            change = change + self.columns[1](x, hardware, geometry, cells)[0]
         return change, weights
