@@ -3,8 +3,8 @@
 Needs the extra `benchmarks` (cax). Needed: forward and backward 5 times faster than cax for the same convolutional cellular
 automaton at 8^3 and 37^3, 2 times faster than torch's depthwise conv3d; sums over the wide bands at 37^3 100 times faster than
 a gather; activation memory at 37^3 with checkpointing within 20 % of the formula. One part alone: name it. Part `large` is 37^3,
-where cax compiles for minutes. Part `sleep` is a cube with sleep_threshold against one that is awake; nothing is needed of it. On a
-CPU; on a GPU nothing is promised.
+where cax compiles for minutes. Part `sleep` is a cube with sleep_threshold against one that is awake; nothing is needed of it.
+On a CPU; on a GPU nothing is promised.
 """
 
 # B batch, T steps, L side, C channels, H hidden units, N = L^3 cells
