@@ -3,7 +3,8 @@
 Needs the extra `benchmarks` (cax). Needed: forward and backward 5 times faster than cax for the same convolutional cellular
 automaton at 8^3 and 37^3, 2 times faster than torch's depthwise conv3d; sums over the wide bands at 37^3 100 times faster than
 a gather; activation memory at 37^3 with checkpointing within 20 % of the formula. One part alone: name it. Part `large` is 37^3,
-where cax compiles for minutes. On a CPU; on a GPU nothing is promised.
+where cax compiles for minutes. Part `sleep` is a cube with sleep_threshold against one that is awake; nothing is needed of it.
+On a CPU; on a GPU nothing is promised.
 """
 
 # B batch, T steps, L side, C channels, H hidden units, N = L^3 cells
@@ -19,14 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainbook.runtime import detect
+from trainbook.seeding import seed_step
 from trainbook.workflows.cellular_cube.bands import Bands
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.cube import Cube
+from trainbook.workflows.cellular_cube.data import load_data
+from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.perception import perceive
+from trainbook.workflows.cellular_cube.principal import fit_principal
+from trainbook.workflows.cellular_cube.training import build, train
 
 CHANNELS, HIDDEN = 16, 64
 SMALL, LARGE = (8, 8, 8), (37, 1, 4)  # side, batch, steps
 ROUNDS = 3
+ASLEEP = ((8, 32), (16, 8), (24, 2))  # side, batch
+THRESHOLDS = (0.05, 0.1, 0.2)
 SLAB = 64  # cells of 37^3 whose neighbours are gathered; the rest is extrapolated
 
 
@@ -189,16 +198,54 @@ def activation_memory() -> None:
         print(f"kept at {side}^3, {steps} steps: {megabytes:.1f} MB, 4 B N T C gives {formula / 1e6:.1f} MB; {verdict}")
 
 
+@torch.no_grad()
+def compare_sleep() -> list[pairing.Comparison]:
+    """Passes over held-out sentences without and with sleep: after an epoch of the laptop preset at 8^3, and larger, by its rule.
+
+    The error is the back face's, as a share of its root mean square.
+    """
+    config = Config.from_preset("laptop", {"num_epochs": 1, "decoder_epochs": 0, "validate_every": 0})
+    data = load_data(config, detect())
+    seed_step(config.seed, 0)
+    state = build(config, data, detect())
+    with torch.enable_grad():
+        for _ in train(config, data, state):
+            seed_step(config.seed, state.step)
+    small, found = state.modules["cube"].eval(), []
+    for side, batch in ASLEEP:
+        network = small
+        if side != config.side:
+            larger = config.model_copy(update={"side": side})
+            network = CellularCube(larger, fit_principal(data.train["embeddings"]), data.mean, data.scale).eval()
+            network.cube.rule.load_state_dict(small.cube.rule.state_dict())
+        cube, front = network.cube, network.front(network.transformer(data.test["embeddings"][:batch])[0])
+        whole = cube(front).back
+
+        def run(threshold: float, cube: Cube = cube, front: Tensor = front) -> Tensor:
+            cube.sleep_threshold = threshold
+            return cube(front)
+
+        for threshold in THRESHOLDS:
+            asleep = run(threshold)
+            error = float((asleep.back - whole).norm() / whole.norm())
+            name = f"sleep {side}^3, threshold {threshold}: {asleep.active_share:.0%} awake, error {error:.4f}"
+            options = {"benchmark": name, "peer": "all awake", "unit": "sentences", "units": batch}
+            ours, theirs = (lambda run=run, value=value: run(value) for value in (threshold, 0.0))
+            found.append(pairing.alternate(ours, theirs, ROUNDS, **options))
+    return found
+
+
 PARTS: dict[str, Callable[[], list[pairing.Comparison]]] = {
     "small": lambda: compare_automata(SMALL),
     "conv_large": lambda: compare_automata(LARGE, with_cax=False),
     "bands": compare_bands,
     "large": lambda: compare_automata(LARGE),
+    "sleep": compare_sleep,
 }
 
 
 def main() -> None:
-    """Every part that is named, or all but `conv_large`, which is in `large`; then the memory."""
+    """Every part that is named, or all but `sleep` and `conv_large`, which is in `large`; then the memory."""
     chosen = sys.argv[1:] or ["small", "bands", "large", "memory"]
     print(f"torch {torch.__version__}, one thread, CPU time, alternating")
     comparisons = [comparison for name, part in PARTS.items() if name in chosen for comparison in part()]

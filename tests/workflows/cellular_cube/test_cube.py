@@ -1,4 +1,4 @@
-"""The cube: light cone, transport, checkpointing, levels, wall, sleep, order of the batch."""
+"""The cube: light cone, transport, checkpointing, levels, wall, order of the batch."""
 
 import pytest
 import torch
@@ -97,15 +97,6 @@ def test_nothing_passes_a_wall_but_through_its_hole():
     (gradient,) = torch.autograd.grad(wall(code).back.square().sum(), code)
     assert not bool(gradient.any())
     assert int(make(wall_hole=7).geometries[0].alive[2].sum()) == 7
-
-
-def test_sleep_is_exact_at_zero_and_saves_work_above():
-    exact, code = make(), codes()
-    sleepy = make(sleep_threshold=1e-12)
-    torch.testing.assert_close(sleepy(code).back, exact(code).back, atol=0, rtol=0)
-    saving = make(sleep_threshold=1.0)
-    assert saving(code).active_share < 1
-    assert exact(code).active_share == 1
 
 
 def test_every_parameter_of_experts_and_gate_has_a_gradient():

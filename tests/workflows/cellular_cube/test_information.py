@@ -11,6 +11,7 @@ from scipy import stats
 from trainbook.workflows.cellular_cube.flow import cell_sensitivity, lesion_curve, saliency_path
 from trainbook.workflows.cellular_cube.information import (
     active_fraction,
+    box_counting_slope,
     eta_squared,
     expert_information,
     gate_specialisation,
@@ -88,6 +89,20 @@ def test_sparsity_of_known_vectors():
     assert hoyer_sparsity(torch.eye(5)) == pytest.approx(1)
     assert hoyer_sparsity(torch.ones(2, 9)) == pytest.approx(0, abs=1e-6)
     assert active_fraction(torch.tensor([[0.0, 1.0, 0.001, -1.0]])) == 0.5
+
+
+def test_box_counting_slopes_of_known_figures():
+    carpet = torch.ones(1, 1, dtype=torch.bool)
+    for _ in range(3):
+        row = torch.cat([carpet] * 3, 1)
+        carpet = torch.cat([row, torch.cat([carpet, torch.zeros_like(carpet), carpet], 1), row])
+    plane, line = torch.ones(27, 27, dtype=torch.bool), torch.eye(27, dtype=torch.bool)
+    point = torch.zeros(27, 27, dtype=torch.bool)
+    point[4, 20] = True
+    found = box_counting_slope(torch.stack([plane, line, carpet, point, torch.zeros_like(point)]))
+    assert found[:4].tolist() == pytest.approx([2, 1, math.log(8) / math.log(3), 0], abs=1e-9)
+    assert math.isnan(found[4])
+    assert box_counting_slope(torch.ones(1, 12, 12, dtype=torch.bool)).item() == pytest.approx(2)
 
 
 class ToyCube:

@@ -28,17 +28,18 @@ def vectors():
     return centred / centred.square().mean().sqrt()
 
 
-def make(vectors, side=0, **changes):
+def make(vectors, built_side=0, **changes):
     torch.manual_seed(0)
     config = Config(**{**SMALL, **changes})
-    return CellularCube(config, fit_principal(vectors), torch.zeros(WIDTH), 1.0, side).eval()
+    return CellularCube(config, fit_principal(vectors), torch.zeros(WIDTH), 1.0, built_side).eval()
 
 
 OPTIONS = [
     {}, {"face_layout": "identity"}, {"numbers_per_cell": 2}, {"transformer": "hierarchical"}, {"transformer": "attention"},
     {"transformer": "autoencoder"}, {"router_tokens": 3}, {"universal_width": 10}, {"write": "clamp", "num_steps": 5},
     {"expert_norm": "batch"}, {"band_shape": "euclidean"}, {"band_pooling": 2}, {"hardware": "coordinates"},
-    {"mixed_numbers": 0}, {"bottleneck_weight": 0.1}, {"num_steps": 6},
+    {"mixed_numbers": 0}, {"bottleneck_weight": 0.1}, {"num_steps": 6}, {"face_layout": "pyramid"},
+    {"face_layout": "pyramid", "side": 5, "mixed_numbers": 2, "numbers_per_cell": 1},
 ]  # fmt: skip
 
 
@@ -82,7 +83,8 @@ def test_components_and_what_they_explain_are_those_of_scikit_learn(vectors):
 
 
 @pytest.mark.parametrize(
-    ("layout", "size", "numbers"), [("cosine", 25, 1), ("identity", 25, 1), ("cosine", 50, 2), ("cosine", 9, 1)]
+    ("layout", "size", "numbers"),
+    [("cosine", 25, 1), ("identity", 25, 1), ("cosine", 50, 2), ("cosine", 9, 1), ("pyramid", 25, 1), ("pyramid", 50, 2)],
 )
 def test_faces_keep_the_code(layout, size, numbers):
     face = Face(5, numbers, layout, size)
@@ -90,6 +92,32 @@ def test_faces_keep_the_code(layout, size, numbers):
     laid = face(code)
     torch.testing.assert_close(laid.square().mean((1, 2, 3)), code.square().mean(1), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(face.modes(laid).flatten(1)[:, :size], code, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [4, 5, 7, 8, 10, 13])
+@pytest.mark.parametrize("numbers", [1, 2])
+def test_a_pyramid_is_coarse_first_and_orthonormal(side, numbers):
+    """The first numbers change nothing within blocks of 4 x 4 cells, the next nothing within 2 x 2 and no mean over 4 x 4."""
+    size = side**2 * numbers
+    face = Face(side, numbers, "pyramid", size)
+    laid = face(torch.eye(size))
+    torch.testing.assert_close(laid.flatten(1) @ laid.flatten(1).T, torch.eye(size), atol=1e-5, rtol=0)
+    torch.testing.assert_close(face.modes(laid).flatten(1), torch.eye(size), atol=1e-5, rtol=0)
+
+    def averaged(width):
+        means = laid.clone()
+        for y in range(0, side, width):
+            for x in range(0, side, width):
+                block = (slice(None), slice(y, y + width), slice(x, x + width))
+                means[block] = laid[block].mean((1, 2), keepdim=True)
+        return means
+
+    coarse, middle = (-(-side // width) for width in (4, 2))
+    first, second = coarse**2 * numbers, middle**2 * numbers
+    torch.testing.assert_close(averaged(4)[:first], laid[:first], atol=1e-6, rtol=0)
+    torch.testing.assert_close(averaged(4)[first:], torch.zeros_like(laid[first:]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(averaged(2)[:second], laid[:second], atol=1e-6, rtol=0)
+    torch.testing.assert_close(averaged(2)[second:], torch.zeros_like(laid[second:]), atol=1e-6, rtol=0)
 
 
 def test_a_universal_code_looks_the_same_at_every_size():

@@ -23,6 +23,7 @@ from trainbook.workflows.cellular_cube.principal import best_linear_fvu, fit_pri
 from trainbook.workflows.cellular_cube.training import build, domains, reconstruct, train
 
 TINY = {"decoder_epochs": 0, "warm_up_epochs": 0, "fine_tune_epochs": 0, "num_epochs": 1, "validate_every": 0}
+REPTILE = {"reptile_steps": 2, "domains": "two", "fine_tune_epochs": 1, "router_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,9 @@ def test_prefixes_of_the_code_are_learned(data):
         ({"domains": "two"}, "set them"),
         ({"wall_hole": 3, "band_shape": "euclidean"}, "look through the wall"),
         ({"universal_width": 65}, "side\\^2"),
+        ({"reptile_steps": 2, "domains": "two", "fine_tune_epochs": 1}, "router_tokens"),
+        ({**REPTILE, "curriculum_start": 0.5}, "curriculum_start"),
+        ({"universal_width": 9, "face_layout": "pyramid"}, "lies as cosines"),
         ({"held_out_sentences": 2000}, "half of max_sentences"),
         ({"corpus": "file"}, "text_file"),
         ({"levels": 3}, "needs a side"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 CUTS = (0.10, 0.65)  # shares of the neighbours up to the local and up to the functional band; the rest is distant
 NAMES = ("local", "functional", "distant")
@@ -104,38 +105,38 @@ class Bands(nn.Module):
         kernels = torch.stack([((squared > a) & (squared <= b)).double() for a, b in zip(low, high, strict=True)])
         return torch.fft.rfftn(kernels, dim=(1, 2, 3)).real.float()  # symmetric kernels have real spectra
 
-    def _cube_sum(self, x: Tensor, index: int) -> Tensor:
-        size, side, channels = x.shape[0], self.side, x.shape[-1]
-        across, along = self.matrices[index].to(x.dtype), self.matrices_z[index].to(x.dtype)
-        y = torch.matmul(along, x.reshape(size, side, -1))
-        y = torch.matmul(across, y.view(size * side, side, -1))
-        return torch.matmul(across, y.view(size * side**2, side, channels)).view(x.shape)
+    def _cube_sum(self, x: Tensor, index: int, planes: Tensor | None) -> Tensor:
+        return along_axes(x, self.matrices[index], _of(self.matrices_z[index], planes))
 
-    def sums(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def sums(self, x: Tensor, names: tuple[str, ...], planes: Tensor | None = None) -> tuple[Tensor, ...]:
         """The sum of x over the named bands of each cell; "all" is the whole neighbourhood without the cell itself.
 
         Args:
             x: (B, L, L, L, C), axes z, y, x.
             names: of bands.
+            planes: (P,), z of the planes whose cells' sums are wanted; all by default.
         """
         if self.shape == "cubic":
             needed = {i for name in names for i in self._ends(name) if i >= 0}
-            found = {i: self._cube_sum(x, i) for i in needed} | {-1: x}
+            found = {i: self._cube_sum(x, i, planes) for i in needed}
+            found[-1] = x if planes is None else x[:, planes]
             return tuple(found[self._ends(name)[1]] - found[self._ends(name)[0]] for name in names)
         sizes, grid = [self.padded] * 3, slice(0, self.side)
         spectrum = torch.fft.rfftn(x.float(), sizes, dim=(1, 2, 3))
         several = [spectrum * self.spectra[(*NAMES, "all").index(name)][..., None] for name in names]
-        return tuple(torch.fft.irfftn(one, sizes, dim=(1, 2, 3))[:, grid, grid, grid].to(x.dtype) for one in several)
+        whole = (torch.fft.irfftn(one, sizes, dim=(1, 2, 3))[:, grid, grid, grid].to(x.dtype) for one in several)
+        return tuple(one if planes is None else one[:, planes] for one in whole)
 
     @staticmethod
     def _ends(name: str) -> tuple[int, int]:
         """Which cube is taken from which; -1 is the cell itself."""
         return (-1, 2) if name == "all" else (NAMES.index(name) - 1, NAMES.index(name))
 
-    def means(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def means(self, x: Tensor, names: tuple[str, ...], planes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Like `sums`, divided by the neighbours that are there; 0 where there are none."""
-        counts = [self.counts[..., [(*NAMES, "all").index(name)]].to(x.dtype) for name in names]
-        return tuple(total / count for total, count in zip(self.sums(x, names), counts, strict=True))
+        counts = self.counts if planes is None else self.counts[:, planes]
+        counts = [counts[..., [(*NAMES, "all").index(name)]].to(x.dtype) for name in names]
+        return tuple(total / count for total, count in zip(self.sums(x, names, planes), counts, strict=True))
 
 
 class PooledBands(nn.Module):
@@ -162,23 +163,43 @@ class PooledBands(nn.Module):
     def _pooled(self, x: Tensor) -> Tensor:
         return along_axes(x, self.pooling)
 
-    def _spread(self, x: Tensor) -> Tensor:
+    def _spread(self, x: Tensor, planes: Tensor | None = None) -> Tensor:
         m = self.member
-        return x[:, m][:, :, m][:, :, :, m]
+        return x[:, _of(m, planes)][:, :, m][:, :, :, m]
 
-    def sums(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def sums(self, x: Tensor, names: tuple[str, ...], planes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Sums over blocks' means; ratios of two such sums are what the functional expert needs."""
-        return tuple(self._spread(one) for one in self.bands.sums(self._pooled(x), names))
+        return tuple(self._spread(one, planes) for one in self.bands.sums(self._pooled(x), names))
 
-    def means(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def means(self, x: Tensor, names: tuple[str, ...], planes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Means over the bands of blocks."""
-        return tuple(self._spread(one) for one in self.bands.means(self._pooled(x), names))
+        return tuple(self._spread(one, planes) for one in self.bands.means(self._pooled(x), names))
 
 
-def along_axes(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply each of the three axes of x, (B, L, L, L, C), by a matrix, (M, L); gives (B, M, M, M, C)."""
+def along_axes(x: Tensor, matrix: Tensor, along_z: Tensor | None = None) -> Tensor:
+    """Multiply the three axes of x, (B, L, L, L, C), by a matrix, (M, L); gives (B, M, M, M, C).
+
+    With `along_z`, (P, L), the first of them is multiplied by that instead; gives (B, P, M, M, C).
+    """
     size, channels, side, new = x.shape[0], x.shape[-1], matrix.shape[1], matrix.shape[0]
     matrix = matrix.to(x.dtype)
-    y = torch.matmul(matrix, x.reshape(size, side, -1))
-    y = torch.matmul(matrix, y.view(size * new, side, -1))
-    return torch.matmul(matrix, y.view(size * new**2, side, channels)).view(size, new, new, new, channels)
+    along_z = matrix if along_z is None else along_z.to(x.dtype)
+    rows = size * len(along_z)
+    y = torch.matmul(along_z, x.reshape(size, side, -1))
+    y = torch.matmul(matrix, y.view(rows, side, -1))
+    return torch.matmul(matrix, y.view(rows * new, side, channels)).view(size, -1, new, new, channels)
+
+
+def _of(rows: Tensor, chosen: Tensor | None) -> Tensor:
+    return rows if chosen is None else rows[chosen]
+
+
+def pooled(x: Tensor, factor: int) -> Tensor:
+    """Means over blocks of factor^3 cells; border blocks may be smaller. (B, L, L, L, C) to (B, M, M, M, C)."""
+    return functional.avg_pool3d(x.movedim(-1, 1), factor, ceil_mode=True, count_include_pad=False).movedim(1, -1).contiguous()
+
+
+def spread(x: Tensor, factor: int, side: int) -> Tensor:
+    """Each coarse cell's value for all the fine cells of its block."""
+    index = torch.arange(side, device=x.device) // factor
+    return x[:, index][:, :, index][:, :, :, index]

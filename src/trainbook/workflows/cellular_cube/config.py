@@ -104,8 +104,9 @@ class Config(OptimizationConfig):
     """Steps of the cube per sentence; 0 takes side - 1, what the slowest signal needs from front to back."""
     write: Literal["once", "clamp"] = "once"
     """Write the code into the front face before the first step, or hold it there in every step."""
-    face_layout: Literal["identity", "cosine"] = "cosine"
-    """The code's numbers by rank over the front face, or as coefficients of a two-dimensional cosine transform."""
+    face_layout: Literal["identity", "cosine", "pyramid"] = "cosine"
+    """The code's numbers by rank over the front face; as coefficients of a two-dimensional cosine transform; or on a pyramid:
+    first what blocks of 4 x 4 cells share, then what 2 x 2 cells and single ones add."""
     expert_norm: Literal["none", "rms", "batch"] = "none"
     """Normalisation of what each expert sees; any makes the cube a rougher function of the code, which generalises worse."""
     mixed_numbers: int = Field(default=11, ge=0, le=255)
@@ -119,7 +120,8 @@ class Config(OptimizationConfig):
     router_tokens: int = Field(default=0, ge=0, le=256)
     """Tokens that carry numbers across the front face, and as many across the back; 0 leaves them out."""
     sleep_threshold: float = Field(default=0.0, ge=0, le=1)
-    """In evaluation: blocks of 4 x 4 x 4 cells whose mean change is below this sleep until a neighbour changes; 0 is exact."""
+    """In evaluation: blocks of 4 x 4 x 4 cells sleep, and keep the rule's last answer without any work, until they or a neighbour
+    block have moved by this much, as a mean magnitude; 0 is exact."""
     wall_hole: int = Field(default=0, ge=0, le=4096)
     """Put a wall across the middle plane with a hole of so many cells; 0: no wall."""
 
@@ -182,6 +184,11 @@ class Config(OptimizationConfig):
     """With domains = two: pull towards the first domain's weights, by their Fisher information (EWC)."""
     expert_columns: Literal["one", "grow"] = "one"
     """With domains = two: grow freezes the experts after the first domain and adds new ones that start at zero."""
+    reptile_steps: int = Field(default=0, ge=0, le=100_000)
+    """With domains = two and router_tokens: the main phase sees both domains, in turns of so many steps, and after each turn the
+    routers keep only reptile_share of what they learned in it; fine-tuning then meets a domain that is known. 0: no turns."""
+    reptile_share: float = Field(default=0.5, gt=0, le=1)
+    """Of a turn's change that the routers keep (Reptile)."""
     damage_share: float = Field(default=0.0, ge=0, le=0.9)
     """Share of cells set to zero at a random step while training."""
     pool_share: float = Field(default=0.0, ge=0, le=1)
@@ -243,6 +250,8 @@ class Config(OptimizationConfig):
             raise ValueError("band_pooling is too coarse for this side")
         if self.universal_width and (self.numbers_per_cell > 1 or self.universal_width > self.side**2):
             raise ValueError("universal_width must not be larger than side^2, and goes with numbers_per_cell = 1")
+        if self.universal_width and self.face_layout == "pyramid":
+            raise ValueError("universal_width lies as cosines: blocks of cells would not be the same places at another side")
         if self.levels > 1 and self.side < 2 ** (self.levels + 1):
             raise ValueError(f"levels = {self.levels} needs a side of at least {2 ** (self.levels + 1)}")
         if self.wall_hole and (self.band_shape != "cubic" or self.band_pooling > 1 or self.levels > 1):
@@ -254,6 +263,11 @@ class Config(OptimizationConfig):
         two_domains = self.replay_share or self.elastic_weight or self.expert_columns == "grow"
         if two_domains and self.domains == "one":
             raise ValueError("replay_share, elastic_weight and expert_columns = grow need domains = two")
+        if self.reptile_steps:
+            if self.domains == "one" or not self.router_tokens or self.train_scope != "all":
+                raise ValueError("reptile_steps needs domains = two, router_tokens and train_scope = all")
+            if self.curriculum_start < 1 or self.ema_decay:
+                raise ValueError("reptile_steps goes with neither curriculum_start, which orders one domain, nor ema_decay")
         if self.any_time and self.num_steps < self.side:
             raise ValueError("any_time needs num_steps above side - 1: there is nothing to choose from")
         return self

@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainbook.workflows.cellular_cube.bands import pooled, spread
 from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.hardware import CoordinateHardware, LearnedHardware
 from trainbook.workflows.cellular_cube.rule import Geometry, Rule
+from trainbook.workflows.cellular_cube.sleep import Sleep
 
 FULL_STEPS = 7  # of a cube of side 8: in more of them the experts' answers would add up until gradients overflow
-BLOCK = 4  # cells along an edge of what falls asleep together
 
 
 class Tally(NamedTuple):
@@ -35,7 +35,7 @@ class Pass(NamedTuple):
         weights: (3,), mean weight of each expert over cells, steps and sentences.
         entropy: (), mean entropy of a cell's weights, in nats.
         magnitude: (), mean absolute state.
-        active_share: share of cells that were not asleep.
+        active_share: share of cells, over steps, whose change was worked out: that were not asleep.
     """
 
     back: Tensor
@@ -59,6 +59,9 @@ class Cube(nn.Module):
         config: of the run.
         side: L, by default the config's. A way of more than 7 steps, or than the config's, is taken in
             steps that change as much less.
+
+    Attributes:
+        sleep_threshold: in evaluation, see `Sleep`; 0 keeps all cells awake.
     """
 
     def __init__(self, config: Config, side: int = 0) -> None:
@@ -66,7 +69,7 @@ class Cube(nn.Module):
         self.config, self.side = config, side or config.side
         self.num_steps = max(config.steps, self.side - 1) if side else config.steps
         self.step_size = min(FULL_STEPS / config.steps, 1) * config.steps / self.num_steps
-        self.moving = config.moving_channels
+        self.moving, self.sleep_threshold = config.moving_channels, config.sleep_threshold
         self.rule = Rule(config)
         coordinates = config.hardware == "coordinates"
         numbers = config.hardware_numbers
@@ -94,7 +97,7 @@ class Cube(nn.Module):
             x = self._written(x, code)
         damaged = int(torch.randint(num_steps, ())) if training and config.damage_share else -1
         tally = _nothing(x)
-        sleep = _Sleep(self, x) if config.sleep_threshold and not training else None
+        sleep = Sleep(self.sleep_threshold, self.side) if self.sleep_threshold and not training else None
         if watch is not None:
             x = _changed(x, watch(0, x, None))
         segment = config.checkpoint_steps or math.ceil(math.sqrt(num_steps))
@@ -108,13 +111,13 @@ class Cube(nn.Module):
                 if watch is not None:
                     x = _changed(x, watch(step + 1, x, weights))
         cells = num_steps * x[..., 0].numel()
-        share = sleep.active / sleep.total if sleep else 1.0
+        share = sleep.num_active / sleep.num_cells if sleep else 1.0
         return Pass(x[:, -1], tally.weights / cells, tally.entropy / cells, tally.magnitude / cells, share)
 
     def level_hardware(self) -> list[Tensor]:
         """The hardware of each level: the cube's own, then means over blocks."""
         table = self.hardware(self.side)
-        return [table] + [_pooled(table[None], 2**level)[0] for level in range(1, self.config.levels)]
+        return [table] + [pooled(table[None], 2**level)[0] for level in range(1, self.config.levels)]
 
     def _run(
         self, x: Tensor, tally: Tally, code: Tensor, hardware: list[Tensor], first: int, last: int, damaged: int
@@ -124,7 +127,7 @@ class Cube(nn.Module):
         return x, tally
 
     def _step(
-        self, x: Tensor, tally: Tally, code: Tensor, hardware: list[Tensor], damage: bool, sleep: "_Sleep | None"
+        self, x: Tensor, tally: Tally, code: Tensor, hardware: list[Tensor], damage: bool, sleep: Sleep | None
     ) -> tuple[Tensor, Tally, Tensor]:
         config, geometry = self.config, self.geometries[0]
         x = self._transported(x)
@@ -134,14 +137,13 @@ class Cube(nn.Module):
             x = x * geometry.alive
         if damage:
             x = x * (torch.rand(x.shape[:-1], device=x.device) >= config.damage_share).unsqueeze(-1)
-        change, weights = self.rule(x, hardware[0], geometry)
+        asked = (x, hardware[0], geometry)
+        change, weights = self.rule(*asked) if sleep is None else sleep.answer(self.rule, *asked)
         for level in range(1, config.levels):
-            coarse, _ = self.rule(_pooled(x, 2**level), hardware[level], self.geometries[level])
-            change = change + self.rule.level_gains[level - 1] * _spread(coarse, 2**level, self.side)
+            coarse, _ = self.rule(pooled(x, 2**level), hardware[level], self.geometries[level])
+            change = change + self.rule.level_gains[level - 1] * spread(coarse, 2**level, self.side)
         if self.training and config.cell_dropout:
             change = change * (torch.rand(x.shape[:-1], device=x.device) >= config.cell_dropout).unsqueeze(-1)
-        if sleep is not None:
-            change = sleep.awake(change)
         if self.step_size != 1:
             change = self.step_size * change
         x = x + change.to(x.dtype)
@@ -168,37 +170,3 @@ def _nothing(x: Tensor) -> Tally:
 
 def _changed(x: Tensor, other: Tensor | None) -> Tensor:
     return x if other is None else other
-
-
-def _pooled(x: Tensor, factor: int) -> Tensor:
-    """Means over blocks of factor^3 cells; border blocks may be smaller. (B, L, L, L, C) to (B, M, M, M, C)."""
-    return functional.avg_pool3d(x.movedim(-1, 1), factor, ceil_mode=True, count_include_pad=False).movedim(1, -1).contiguous()
-
-
-def _spread(x: Tensor, factor: int, side: int) -> Tensor:
-    """Each coarse cell's value for all the fine cells of its block."""
-    index = torch.arange(side, device=x.device) // factor
-    return x[:, index][:, :, index][:, :, :, index]
-
-
-class _Sleep:
-    """Blocks of cells whose last mean change was below the threshold do not change; a neighbour that does wakes them.
-
-    It says how much of the work could be left out, and what leaving it out does to the result; it does not leave it out.
-    """
-
-    def __init__(self, cube: Cube, x: Tensor) -> None:
-        self.threshold, self.side = cube.config.sleep_threshold, cube.side
-        blocks = -(-self.side // BLOCK)
-        self.is_awake = x.new_ones(len(x), 1, blocks, blocks, blocks)
-        self.active, self.total = 0.0, 0.0
-
-    def awake(self, change: Tensor) -> Tensor:
-        """The change, with that of sleeping blocks taken out; then decides who sleeps in the next step."""
-        mask = _spread(self.is_awake.movedim(1, -1), BLOCK, self.side)
-        self.active += float(mask.sum())
-        self.total += mask.numel()
-        moved = _pooled((change * mask).abs().mean(-1, keepdim=True), BLOCK).movedim(-1, 1)
-        busy = (moved >= self.threshold).to(change.dtype)
-        self.is_awake = functional.max_pool3d(busy, 3, 1, 1)
-        return change * mask

@@ -15,6 +15,7 @@ from trainbook.workflows.cellular_cube.config import Config
 from trainbook.workflows.cellular_cube.curriculum import shrunk_variances, synthetic_vectors
 from trainbook.workflows.cellular_cube.data import SentenceData
 from trainbook.workflows.cellular_cube.heads import baseline_outputs
+from trainbook.workflows.cellular_cube.information import box_counting_slope
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.observation import inside_measures, layer_similarity, num_watched, observe
 from trainbook.workflows.cellular_cube.phrase_scores import PhraseJudge
@@ -211,10 +212,20 @@ def _inside(config: Config, data: SentenceData, network: CellularCube, outputs: 
     layers = similarity_table(target, {who: outputs[who] for who in ("cube", "pca", "autoencoder")})
     layers |= {f"cube_{name.replace(' ', '_')}": row for name, row in layer_similarity(observation, watched).items()}
     metrics |= {f"{who}/{name}": value for who, row in layers.items() for name, value in row.items()}
+    metrics |= _face_slope(observation.front[0], config)
     split = network.cube.geometries[0].bands.split
     names = ("local", "functional", "distant")
     metrics |= {f"{name}/share_of_neighbours": share for name, share in zip(names, split.shares, strict=True)}
     return metrics
+
+
+def _face_slope(front: Tensor, config: Config) -> dict[str, float]:
+    """Mean box-counting slope of the cells whose part of the code is above the face's root mean square; and of shuffled cells."""
+    face = front.unflatten(1, (config.side, config.side, -1))[..., : config.numbers_per_cell].square().sum(-1)
+    active = face >= face.mean((1, 2), keepdim=True)
+    order = torch.randperm(config.side**2, generator=torch.Generator().manual_seed(config.seed))
+    shuffled = active.flatten(1)[:, order].view(active.shape)
+    return {f"{who}/face_box_slope": float(box_counting_slope(a).mean()) for who, a in (("cube", active), ("shuffled", shuffled))}
 
 
 @torch.no_grad()
@@ -232,7 +243,7 @@ def _options(config: Config, data: SentenceData, network: CellularCube) -> dict[
     if config.bottleneck_weight:
         metrics["cube/code_nats"] = float(output.cost.mean())
     if config.sleep_threshold:
-        metrics["cube/active_share"] = output.run.active_share
+        metrics |= _sleep(network, test)
     if config.router_tokens:
         metrics["cube/path_entropy"] = float(network.routers_in.path_entropy())
     if config.prefix_weight:
@@ -278,3 +289,19 @@ def larger_side(config: Config, data: SentenceData, network: CellularCube) -> di
         metrics[f"refitted_at_side_{side}/fvu"] = fvu(without_readout(network))
         metrics[f"untrained_at_side_{side}/fvu"] = fvu(without_readout(_fresh(config, data, network)))
     return metrics
+
+
+@torch.no_grad()
+def _sleep(network: CellularCube, vectors: Tensor) -> dict[str, float]:
+    """Share of the cells that were awake; FVU of the same cube when all are; mean square of what sleep adds, in the same unit."""
+    outputs, threshold = {}, network.cube.sleep_threshold
+    active = sum(network(part).run.active_share * len(part) for part in vectors.split(64)) / len(vectors)
+    for name, value in (("asleep", threshold), ("awake", 0.0)):
+        network.cube.sleep_threshold = value
+        outputs[name] = reconstruct(network, vectors)
+    network.cube.sleep_threshold, total = threshold, vectors.square().sum()
+    return {
+        "cube/active_share": active,
+        "cube/sleep_error": float((outputs["asleep"] - outputs["awake"]).square().sum() / total),
+        "awake_cube/fvu": float((outputs["awake"] - vectors).square().sum() / total),
+    }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainbook.workflows.cellular_cube.sleep import EVERYWHERE, Everywhere
+
 NAMES = ("local", "functional", "distant")
 PLACE_DEVIATION = 4.0  # of what a cell's place adds to its queries and keys at first: neighbourhoods are told apart
 START_GAIN = 0.3  # of experts whose answer is scaled; a cube is a deep network, whose layers should change little at first
@@ -89,19 +91,19 @@ class FunctionalExpert(nn.Module):
         queries, keys = (functional.elu(state[..., : 2 * self.rank] + place[..., : 2 * self.rank]) + 1).split(self.rank, -1)
         return Attention(queries, keys, values)
 
-    def messages(self, found: Attention, bands: nn.Module) -> Tensor:
+    def messages(self, found: Attention, bands: nn.Module, cells: Everywhere = EVERYWHERE) -> Tensor:
         """(B, L, L, L, V), the attention's result for every cell; 0 for a cell without neighbours in the band."""
         keyed = found.keys.unsqueeze(-1) * functional.pad(found.values, (0, 1), value=1.0).unsqueeze(-2)
-        (sums,) = bands.sums(keyed.flatten(-2), ("functional",))
-        sums = (found.queries.unsqueeze(-1) * sums.unflatten(-1, keyed.shape[-2:])).sum(
-            -2
-        )  # a product of tiny matrices is slower
+        (sums,) = bands.sums(keyed.flatten(-2), ("functional",), cells.planes)
+        sums, queries = cells.of_planes(sums).unflatten(-1, keyed.shape[-2:]), cells.of_grid(found.queries)
+        sums = (queries.unsqueeze(-1) * sums).sum(-2)  # a product of tiny matrices is slower
         return sums[..., :-1] / sums[..., -1:].clamp(min=1e-3)
 
-    def forward(self, x: Tensor, hardware: Tensor, bands: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, hardware: Tensor, bands: nn.Module, cells: Everywhere = EVERYWHERE) -> Tensor:
         """X (B, L, L, L, C), hardware (L, L, L, P)."""
-        message = self.messages(self.attention(x, hardware), bands)
-        message = message * self.place(hardware)[..., -self.width :] * bands.counts[..., 1:2].sqrt()
+        message = self.messages(self.attention(x, hardware), bands, cells)
+        x, counts = cells.of_grid(x), cells.of_table(bands.counts[..., 1:2])
+        message = message * self.place(cells.of_table(hardware))[..., -self.width :] * counts.sqrt()
         reset_m, update_m, new_m = self.recurrent_input(message).chunk(3, -1)
         reset_x, update_x, new_x = self.recurrent_state(x).chunk(3, -1)
         update = torch.sigmoid(update_m + update_x)

@@ -131,6 +131,27 @@ def active_fraction(values: Tensor, threshold: float = 0.01) -> float:
     return float((values.abs() > threshold * values.abs().max()).double().mean())
 
 
+def box_counting_slope(active: Tensor) -> Tensor:
+    """How the number n(b) of boxes of b x b cells that hold an active one falls with b: -d log n / d log b, by least squares.
+
+    2 for a filled face, 1 for a line, log 8 / log 3 for Sierpinski's carpet. A description of a pattern of a few dozen cells;
+    it does not show that the pattern is a fractal. b runs over the divisors of L, so that no box is cut.
+
+    Args:
+        active: (N, L, L) bool, L at least 2.
+
+    Returns:
+        (N,) float64; not a number where no cell is active.
+    """
+    side = active.shape[-1]
+    sizes = [size for size in range(1, side + 1) if side % size == 0]
+    boxes = [active.unflatten(2, (-1, size)).unflatten(1, (-1, size)).any(4).any(2).sum((1, 2)) for size in sizes]
+    widths = torch.tensor(sizes, dtype=torch.float64, device=active.device).log()
+    centred = widths - widths.mean()
+    counts = torch.stack(boxes, 1).double()
+    return -(counts.log() @ centred / centred.square().sum()).where(counts[:, 0] > 0, torch.nan)
+
+
 def _components(part: Tensor, number: int) -> np.ndarray:
     """Principal components in unit variance, (N, K), K at most `number` and a quarter of N; constant directions are left out."""
     x = part.double().flatten(1).cpu().numpy()

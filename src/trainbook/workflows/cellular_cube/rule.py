@@ -17,6 +17,7 @@ from trainbook.workflows.cellular_cube.experts import (
     scaled_by_root_mean_square,
 )
 from trainbook.workflows.cellular_cube.perception import count_near, perceive
+from trainbook.workflows.cellular_cube.sleep import EVERYWHERE, Everywhere
 
 
 class Geometry(nn.Module):
@@ -70,18 +71,20 @@ class Column(nn.Module):
         for part in (self.local.outward.weight, self.local.outward.bias, self.functional.gain, self.distant.gain):
             part[:numbers] = 0
 
-    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """The change of every cell's state, (B, L, L, L, C), and the experts' weights, (B, L, L, L, 3)."""
+    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry, cells: Everywhere = EVERYWHERE) -> tuple[Tensor, Tensor]:
+        """The change of every cell's state, (B, L, L, L, C), and the experts' weights, (B, L, L, L, 3); or of K chosen cells."""
         if self.norm == "batch":
             near, middle, far = (norm(x) for norm in self.norms)
         else:
             near = middle = far = scaled_by_root_mean_square(x) if self.norm == "rms" else x
-        distant_mean, whole_mean = geometry.bands.means(far, ("distant", "all"))
-        weights = self.gate(far, whole_mean, hardware)
+        means = geometry.bands.means(far, ("distant", "all"), cells.planes)
+        distant_mean, whole_mean = (cells.of_planes(mean) for mean in means)
+        own, place = cells.of_grid(far), cells.of_table(hardware)
+        weights = self.gate(own, whole_mean, place)
         local, functional, distant = weights.unsqueeze(-2).unbind(-1)
-        change = local * self.local(perceive(near, geometry.num_near), hardware)
-        change = change + functional * self.functional(middle, hardware, geometry.bands)
-        return change + distant * self.distant(far, distant_mean, hardware), weights
+        change = local * self.local(cells.of_grid(perceive(near, geometry.num_near)), place)
+        change = change + functional * self.functional(middle, hardware, geometry.bands, cells)
+        return change + distant * self.distant(own, distant_mean, place), weights
 
 
 class Rule(nn.Module):
@@ -116,9 +119,9 @@ class Rule(nn.Module):
         """Let the second column take part."""
         self.grown.fill_(1)
 
-    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, hardware: Tensor, geometry: Geometry, cells: Everywhere = EVERYWHERE) -> tuple[Tensor, Tensor]:
         """As `Column`; the weights are the first column's."""
-        change, weights = self.columns[0](x, hardware, geometry)
+        change, weights = self.columns[0](x, hardware, geometry, cells)
         if len(self.columns) > 1 and not self.masked and bool(self.grown):
-            change = change + self.columns[1](x, hardware, geometry)[0]
+            change = change + self.columns[1](x, hardware, geometry, cells)[0]
         return change, weights

@@ -25,6 +25,7 @@ from trainbook.workflows.cellular_cube.losses import cube_loss, pair_of, reconst
 from trainbook.workflows.cellular_cube.network import CellularCube
 from trainbook.workflows.cellular_cube.principal import Principal, fit_principal
 from trainbook.workflows.cellular_cube.readout_fit import fit_readout, standardise_readout
+from trainbook.workflows.cellular_cube.reptile import Alternating, Reptile
 from trainbook.workflows.cellular_cube.text_decoder import TextDecoder, Vocabulary, text_loss
 
 AUTOENCODER, WARM_UP, STANDARDISE, MAIN, READOUT, FINE_TUNE, TEXT_DECODER = (
@@ -92,6 +93,8 @@ def build(config: Config, data: SentenceData, runtime: Runtime) -> TrainState:
         stateful[READOUT] = ReadoutStep()
     if config.elastic_weight:
         modules["elastic"] = Elastic(network)
+    if config.reptile_steps:
+        modules["reptile"] = Reptile(network, config.reptile_steps, config.reptile_share)
     if config.fine_tune_epochs:
         choose_trained(config, network, FINE_TUNE)
         rate = config.learning_rate * (FINE_TUNE_RATE if config.domains == "one" else 1.0)
@@ -166,15 +169,22 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
         yield from stage.train(state, Batches(made, *common), _loss(config, stage))
     choose_trained(config, network, MAIN)
     valid = data.valid["embeddings"][:VALID_SENTENCES]
+    known = data.train if config.reptile_steps else first
     if STANDARDISE in state.stateful:
-        yield from _once(state, STANDARDISE, lambda: standardise_readout(network, first["embeddings"]), len(first["labels"]))
+        yield from _once(state, STANDARDISE, lambda: standardise_readout(network, known["embeddings"]), len(known["labels"]))
     stage = state.stateful[MAIN]
+    validate = validation(valid)
     if config.curriculum_start < 1:
         total = stage.total_steps
         batches: Any = Curriculum(first, principal, config.code_size, config.curriculum_start, total, *common)
+    elif config.reptile_steps:
+        batches = Alternating(Batches(first, *common), Batches(second, *common), config.reptile_steps)
+        validate = _settled(validate, state.modules["reptile"], network, stage)
     else:
         batches = Batches(first, *common)
-    for record in stage.train(state, batches, _loss(config, stage, decoder), validation(valid)):
+    for record in stage.train(state, batches, _loss(config, stage, decoder), validate):
+        if config.reptile_steps:
+            state.modules["reptile"].settle(network, stage.stepper.steps_done)
         if "valid_fvu" in record.metrics:
             shown = reconstruct(network, data.valid["embeddings"][:NUM_SHOWN])
             state.stateful[EXAMPLES].add(data, state.step, record.metrics["valid_fvu"], shown)
@@ -187,11 +197,11 @@ def train(config: Config, data: SentenceData, state: TrainState) -> Iterator[Rec
     if READOUT in state.stateful:
 
         def fit() -> dict[str, float]:
-            further = {name: (first[name], data.valid[name][:VALID_SENTENCES]) for name in data.further}
-            found = fit_readout(network, first["embeddings"], valid, further)
+            further = {name: (known[name], data.valid[name][:VALID_SENTENCES]) for name in data.further}
+            found = fit_readout(network, known["embeddings"], valid, further)
             return found | _keep_pca_if_better(network, data, principal, valid)
 
-        yield from _once(state, READOUT, fit, len(first["labels"]))
+        yield from _once(state, READOUT, fit, len(known["labels"]))
     if FINE_TUNE in state.stateful:
         yield from _fine_tune(config, data, state, first, second)
     if TEXT_DECODER in state.stateful and decoder is None:
@@ -229,6 +239,20 @@ def _fine_tune(
     decoder = state.modules[TEXT_DECODER] if config.text_weight else None
     loss = _loss(config, stage, decoder, state.modules.get("elastic"))
     yield from stage.train(state, batches, loss, validation(valid[:VALID_SENTENCES]))
+
+
+def _settled(
+    measure: Callable[[nn.Module], dict[str, float]], reptile: Reptile, network: CellularCube, stage: Stage
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A validation of the weights after the end of a turn: the best ones are chosen among those that training goes on from."""
+    if stage.stepper.steps_done == 0:
+        reptile.begin(network)
+
+    def settle_and_measure(module: nn.Module) -> dict[str, float]:
+        reptile.settle(network, stage.stepper.steps_done)
+        return measure(module)
+
+    return settle_and_measure
 
 
 def _once(state: TrainState, name: str, work: Callable[[], dict[str, float] | None], examples: int) -> Iterator[Record]:
