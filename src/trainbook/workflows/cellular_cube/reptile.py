@@ -28,7 +28,8 @@ class Reptile(nn.Module):
     """At the end of a turn the routers' weights go back: theta <- theta_0 + epsilon (theta' - theta_0).
 
     theta_0 is what they were when the turn began and theta' what its steps on one domain made of them; all other weights keep
-    what they learned, and so do the optimizer's moments. Kept in `TrainState.modules`, so that a turn outlasts a checkpoint.
+    what they learned, and so do the optimizer's moments. Kept in `TrainState.modules`, so that a turn outlasts a checkpoint. What
+    is validated, or ends, within a turn has the weights of that moment.
 
     Args:
         network: with `routers_in` and `routers_out`.
