@@ -9,11 +9,11 @@ PRESET ?= laptop
 demo: .venv/ready
 	$(BIN)/trainbook run timestep_dbn --preset laptop
 
-# Tests of other processes wait for some of their time, so that four workers fill two cores. Files are taken in the order that
+# Tests of other processes wait for some of their time, so that three workers fill two cores. Files are taken in the order that
 # tests/conftest.py puts them in, not by their number of tests.
 # A worker that crashed is not replaced: with loadfile the next one would wait for tests that never come.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --timeout 300
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --timeout 300
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o addopts="-ra --strict-markers"
