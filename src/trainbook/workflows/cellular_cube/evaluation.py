@@ -274,34 +274,37 @@ def larger_side(config: Config, data: SentenceData, network: CellularCube) -> di
     """
     side, train, test = round(LARGER * config.side), data.train["embeddings"], data.test["embeddings"]
 
-    def fvu(weights: dict[str, Tensor]) -> float:
+    def fvu(weights: CellularCube, refit: bool) -> float:
         larger = CellularCube(config, fit_principal(train), network.mean, float(network.scale), side).to(train.device).eval()
-        larger.load_state_dict(weights, strict=False)
-        if "readout.weight" not in weights:
+        left_out = ("heads.", "readout.") if refit else ("heads.",)
+        kept = {name: tensor for name, tensor in weights.state_dict().items() if not name.startswith(left_out)}
+        larger.load_state_dict(kept, strict=not refit)
+        if refit:
             fit_readout(larger, train, data.valid["embeddings"])
         return reconstruction_quality(reconstruct(larger, test), test, data.mean, data.scale)["fvu"]
 
-    def without_readout(cube: CellularCube) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in cube.state_dict().items() if not name.startswith("readout.")}
-
-    metrics = {f"at_side_{side}/fvu": fvu(network.state_dict())}
+    metrics = {f"at_side_{side}/fvu": fvu(network, refit=False)}
     if config.fits_readout:
-        metrics[f"refitted_at_side_{side}/fvu"] = fvu(without_readout(network))
-        metrics[f"untrained_at_side_{side}/fvu"] = fvu(without_readout(_fresh(config, data, network)))
+        metrics[f"refitted_at_side_{side}/fvu"] = fvu(network, refit=True)
+        metrics[f"untrained_at_side_{side}/fvu"] = fvu(_fresh(config, data, network), refit=True)
     return metrics
 
 
 @torch.no_grad()
 def _sleep(network: CellularCube, vectors: Tensor) -> dict[str, float]:
     """Share of the cells that were awake; FVU of the same cube when all are; mean square of what sleep adds, in the same unit."""
-    outputs, threshold = {}, network.cube.sleep_threshold
-    active = sum(network(part).run.active_share * len(part) for part in vectors.split(64)) / len(vectors)
-    for name, value in (("asleep", threshold), ("awake", 0.0)):
-        network.cube.sleep_threshold = value
-        outputs[name] = reconstruct(network, vectors)
-    network.cube.sleep_threshold, total = threshold, vectors.square().sum()
+    passes = [network(part) for part in vectors.split(64)]
+    active = sum(output.run.active_share * len(output.vectors) for output in passes) / len(vectors)
+    asleep, threshold, total = (
+        torch.cat([output.vectors for output in passes]),
+        network.cube.sleep_threshold,
+        vectors.square().sum(),
+    )
+    network.cube.sleep_threshold = 0.0
+    awake = reconstruct(network, vectors)
+    network.cube.sleep_threshold = threshold
     return {
         "cube/active_share": active,
-        "cube/sleep_error": float((outputs["asleep"] - outputs["awake"]).square().sum() / total),
-        "awake_cube/fvu": float((outputs["awake"] - vectors).square().sum() / total),
+        "cube/sleep_error": float((asleep - awake).square().sum() / total),
+        "awake_cube/fvu": float((awake - vectors).square().sum() / total),
     }

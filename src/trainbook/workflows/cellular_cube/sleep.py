@@ -70,8 +70,9 @@ class Sleep:
     A block has moved by mean |x - x'|: x the state that the rule would see now, x' the one it saw when it last answered this
     block. So what transport, a write or a watcher brought counts too, slow drift adds up, and a signal wakes blocks before
     it reaches them. A cell that sleeps is given the rule's last answer again (change and expert weights) and goes on being
-    moved: channels travel through sleeping cells as through others. Awake cells see the sleeping ones' present state, so band
-    sums run over the whole grid, but only for planes with an awake cell; all else is computed for awake cells only.
+    moved: channels travel through sleeping cells as through others. Awake cells see the sleeping ones' present state, so keys,
+    values and perception are those of the whole grid, and band sums run over it, for planes with an awake cell; gate and
+    experts are computed for awake cells only.
 
     A block sleeps where it moved less than the threshold: at 0 nobody does, and a step in which nobody sleeps is the plain one,
     bit for bit. That a cell which stands still answers alike holds only nearly where far neighbours move.
