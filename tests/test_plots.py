@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from trainbook import plots
 from trainbook.fitting import Stage, planned_rates
@@ -60,3 +61,14 @@ def test_phase_times_are_named_with_their_share():
     assert [bar.get_width() for bar in panel.patches] == [30, 60, 10]
     assert [text.get_text() for text in panel.texts] == ["30.0 s, 30%", "60.0 s, 60%", "10.0 s, 10%"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["autoencoder", "chain", "evaluation"]
+
+
+def test_a_footnote_longer_than_the_figure_is_wide_stays_within_it():
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    plots.to_png(figure, " · ".join(f"part {number}" for number in range(20)))
+    note = figure.get_supxlabel()
+    (text,) = [child for child in figure.texts if child.get_text() == note]
+    extent = text.get_window_extent()
+    assert 0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+    assert extent.y1 <= axes.get_tightbbox().y0

@@ -42,7 +42,7 @@ def new_figure(num_columns: int = 1, num_rows: int = 1, width: float = 4.2, heig
 def to_png(figure: Figure, footnote: str = "", description: str = "") -> bytes:
     """The figure as PNG, with a small line of provenance below it, and all of it in the file's own text."""
     if footnote:
-        figure.supxlabel(footnote, fontsize=7, color="0.45")
+        figure.supxlabel(footnote, fontsize=7, color="0.45", wrap=True)
     buffer = io.BytesIO()
     # Without matplotlib's own metadata the same figure gives the same bytes, so a checksum can be verified.
     metadata = {"Software": None} | ({"Description": description} if description else {})
